@@ -28,7 +28,7 @@ import numpy as np
 from bench import machine
 from bench.autofocus_scenes import DARK, REFERENCE, Scene, camera
 from rtfocus.autofocus.appearance import DefocusModels, amplitude_spectrum
-from rtfocus.autofocus.hold import Correction, Holder, Seen
+from rtfocus.autofocus.hold import Correction, Holder, SpectrumAtZ
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.channel import OpticalSystem
 from rtfocus.frame import Estimate, FocusReading
@@ -99,7 +99,7 @@ def visits(
             begun = scene.focus_um + float(rng.normal(0, 0.1)) * unit
             places = [begun + away * unit for away in SEARCHED]
             looks = [
-                Seen(z, np.array(found.spectrum), found.noise)
+                SpectrumAtZ(z, np.array(found.spectrum), found.noise)
                 for z in places
                 for found in [reading(scene.expose(z))]
             ]

@@ -35,7 +35,7 @@ from distributed import Client, LocalCluster
 from bench import machine
 from rtfocus import files
 from rtfocus.batch.ends import Batch
-from rtfocus.batch.plan import ENDING, Failure, Job, Plan, Unit
+from rtfocus.batch.plan import ENDING, BatchJob, BatchPlan, Failure, Unit
 from rtfocus.batch.scheduler import run_on
 from rtfocus.batch.work import doing, run_here
 from rtfocus.config import Config
@@ -62,10 +62,10 @@ def make_fields(folder: Path, number: int, side: int) -> Path:
     return folder
 
 
-def job_of(source: Path, output: Path) -> Job:
+def job_of(source: Path, output: Path) -> BatchJob:
     """Return what the command would ask for."""
     settings = restoring_with(Config(), "wiener", whole=True)
-    return Job(
+    return BatchJob(
         command="restore",
         source=str(source),
         given=str(source),
@@ -82,7 +82,7 @@ def told(unit: Unit, failure: Failure | None) -> None:
         sys.exit(f"{unit.path}: {failure.reason}")
 
 
-def planned(source: Path, output: Path) -> tuple[Batch, Plan]:
+def planned(source: Path, output: Path) -> tuple[Batch, BatchPlan]:
     """Begin a batch."""
     for left in (output, output.with_name(output.name + ".rtfocus-batch")):
         shutil.rmtree(left, ignore_errors=True)

@@ -92,7 +92,7 @@ class Rules:
         return True
 
     def _focus(self, monitor: Monitor) -> Alarm | None:
-        self._seen, samples = monitor.samples_since(self._seen)
+        self._seen, samples = monitor.estimates_since(self._seen)
         channels = () if monitor.series is None else monitor.series.channels
         optics = [channel.optics for channel in channels]
         units_um = [None if one is None else one.defocus_unit_um for one in optics]

@@ -27,7 +27,7 @@ from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.transport.messages import is_json
 from rtfocus.transport.viewer import (
-    Shown,
+    ShownSeries,
     focus_line,
     in_words,
     requests_refused,
@@ -41,7 +41,7 @@ LATENCIES = ("capture_to_estimate", "arrival_to_result", "arrival_to_durable")
 """Stages whose percentiles a viewer shows."""
 
 
-class Sample(NamedTuple):
+class RecentEstimate(NamedTuple):
     """One estimate among the last ones."""
 
     time_s: float
@@ -55,7 +55,7 @@ class Sample(NamedTuple):
     """From arrival to estimate."""
 
 
-_MOST_SAMPLES = 512
+_MOST_ESTIMATES = 512
 _MOST_LINES = 1000
 
 
@@ -89,8 +89,10 @@ class Monitor:
     """Raised, delivered by each way, and failed."""
     broken_by: Callable[[], RtfocusError | None] = lambda: None
     """Asked at an end that nobody announced: what failed, or None: somebody stopped."""
-    _samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=_MOST_SAMPLES))
-    _sampled: int = 0
+    _estimates: deque[RecentEstimate] = field(
+        default_factory=lambda: deque(maxlen=_MOST_ESTIMATES)
+    )
+    _estimated: int = 0
     """How many there were in all."""
     _before: int = 0
     """Frames that an earlier process wrote into this run."""
@@ -119,17 +121,19 @@ class Monitor:
         self.times.add("arrival_to_estimate", latency_ms)
         defocus_um, z_offset_um = estimate.defocus_um, estimate.z_offset_um
         now_s, c = time.perf_counter(), estimate.index.get("c", 0)
-        self._samples.append(Sample(now_s, defocus_um, z_offset_um, c, latency_ms))
-        self._sampled += 1
+        self._estimates.append(
+            RecentEstimate(now_s, defocus_um, z_offset_um, c, latency_ms)
+        )
+        self._estimated += 1
         captured_ms = (RUN_CLOCK.now_ns() - estimate.captured_ns) / 1e6
         self.times.add("capture_to_estimate", captured_ms)
 
-    def samples_since(self, number: int) -> tuple[int, list[Sample]]:
+    def estimates_since(self, number: int) -> tuple[int, list[RecentEstimate]]:
         """Return how many estimates there were, and those from `number` on.
 
         At most the last 512 are kept.
         """
-        kept, sampled = list(self._samples), self._sampled
+        kept, sampled = list(self._estimates), self._estimated
         return sampled, kept[max(0, len(kept) - (sampled - number)) :]
 
     @property
@@ -209,14 +213,16 @@ class Monitor:
             **summary,
         }
 
-    def shown(self, config: Config, folder: Path, ask: Callable[[Act], None]) -> Shown:
+    def shown(
+        self, config: Config, folder: Path, ask: Callable[[Act], None]
+    ) -> ShownSeries:
         """Return the series under way as viewers are told of it.
 
         `ask` passes on what they ask the microscope side for.
         """
         assert self.series is not None
         dtype, depth = np.dtype(self.series.dtype), self.series.bit_depth
-        return Shown(
+        return ShownSeries(
             self.series,
             folder.resolve(),
             self.observed,

@@ -20,7 +20,7 @@ from rtfocus.transport.viewer import (
     PreviewStatus,
     PreviewViewer,
     Request,
-    Shown,
+    ShownSeries,
 )
 
 HEIGHT, WIDTH = 96, 128
@@ -90,7 +90,7 @@ def main() -> None:
     series = make_series(uid, shape=(HEIGHT, WIDTH), bit_depth=12, name=uid)
     preview = PreviewPublisher(config)
     numbers = {"frames_per_s": 12.5, "written": 3, "dropped": {"gap": 2}}
-    preview.begin(Shown(series, Path("nowhere"), lambda: numbers, SATURATION))
+    preview.begin(ShownSeries(series, Path("nowhere"), lambda: numbers, SATURATION))
     sys.stdout.write(f"{preview.endpoint}\n")
     sys.stdout.flush()
     for line in sys.stdin:

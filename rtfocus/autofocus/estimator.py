@@ -29,7 +29,7 @@ from rtfocus.frame import (
 from rtfocus.workers import RUN_CLOCK, TimeShare
 
 Floats = NDArray[np.float64]
-Region = tuple[int, int, int, int]
+FocusRegion = tuple[int, int, int, int]
 
 # Of the frame; saturated pixels have lost the detail that tells focus.
 _MOST_SATURATED = 0.02
@@ -61,7 +61,7 @@ class EstimatorSettings:
     """Camera offset."""
     saturation_counts: float | None = None
     """None: no pixel counts as saturated."""
-    region: Region | None = None
+    region: FocusRegion | None = None
     """x, y, width, height in pixels; None: the whole frame."""
 
 
@@ -438,6 +438,8 @@ def _weighted_median(values: Floats, weights: Floats) -> float:
     return float(values[order][min(place, len(values) - 1)])
 
 
-def _region(pixels: NDArray[np.generic], region: Region | None) -> tuple[slice, slice]:
+def _region(
+    pixels: NDArray[np.generic], region: FocusRegion | None
+) -> tuple[slice, slice]:
     x, y, width, height = region or (0, 0, pixels.shape[1], pixels.shape[0])
     return slice(y, y + height), slice(x, x + width)

@@ -41,7 +41,7 @@ _MOST_SILENT = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SpectrumAtZ:
     """One image of a position, and the stage z it was exposed at."""
 
     z_um: float
@@ -50,7 +50,7 @@ class Seen:
 
 
 @dataclass
-class Place:
+class FollowedPlace:
     """One position, and what it looks like out of focus."""
 
     number: int
@@ -138,7 +138,7 @@ class Holder:
         self._channel = channel
         self._on_correction = on_correction
         self._arrived: deque[Estimate] = deque(maxlen=4096)
-        self._places: dict[Key, Place] = {}
+        self._places: dict[Key, FollowedPlace] = {}
         self._numbers: dict[Key, int] = {}
         """In the drift, of every position that was ever held."""
         self._given: set[Key] = set()
@@ -197,7 +197,7 @@ class Holder:
         key: Key,
         time_s: float,
         focus_um: float,
-        looks: list[Seen],
+        looks: list[SpectrumAtZ],
         limits: Limits | None = None,
     ) -> None:
         """Start holding a position that was focused by a search.
@@ -225,7 +225,7 @@ class Holder:
         number = self._numbers.setdefault(key, len(self._numbers))
         self._given.discard(key)
         self._drift.begin(number, time_s, focus_um / unit)
-        self._places[key] = Place(
+        self._places[key] = FollowedPlace(
             number=number,
             reference_um=focus_um,
             appearance=Appearance(self._models, known),
@@ -278,7 +278,7 @@ class Holder:
         return step
 
     def _target(
-        self, place: Place, wanted_um: float, *, sure: bool
+        self, place: FollowedPlace, wanted_um: float, *, sure: bool
     ) -> tuple[float, str]:
         """Return where a position's stack goes, and why."""
         stays = place.reference_um
@@ -319,7 +319,7 @@ class Holder:
         for (key, _), estimates in stacks.items():
             self._learn(self._places[key], estimates)
 
-    def _learn(self, place: Place, estimates: list[Estimate]) -> None:
+    def _learn(self, place: FollowedPlace, estimates: list[Estimate]) -> None:
         assert self._drift is not None
         place.silent = 0
         good = [e for e in estimates if _is_good(e.focus)]
@@ -341,19 +341,19 @@ class Holder:
         self._drift.see(place.number, time_s, modes)
 
 
-def _apart(looks: list[Seen], least_um: float) -> list[Seen]:
+def _apart(looks: list[SpectrumAtZ], least_um: float) -> list[SpectrumAtZ]:
     """Return images that differ in z, of those alike the newest."""
-    kept: list[Seen] = []
+    kept: list[SpectrumAtZ] = []
     for seen in reversed(looks):
         if all(abs(seen.z_um - other.z_um) >= least_um for other in kept):
             kept.append(seen)
     return kept
 
 
-def seen_by(verdict: Verdict) -> list[Seen]:
+def seen_by(verdict: Verdict) -> list[SpectrumAtZ]:
     """Return the images of a search that show what a place looks like."""
     return [
-        Seen(step.z_um, np.asarray(step.reading.spectrum), step.reading.noise)
+        SpectrumAtZ(step.z_um, np.asarray(step.reading.spectrum), step.reading.noise)
         for step in verdict.steps
         if _is_good(step.reading)
     ]

@@ -12,11 +12,11 @@ import msgspec
 
 from rtfocus import __version__, files
 from rtfocus.batch.plan import (
+    BatchJob,
+    BatchPlan,
     Failure,
     Form,
-    Job,
     Ledger,
-    Plan,
     StatedErrors,
     Unit,
     content_of,
@@ -49,7 +49,7 @@ _MOST_NAMED = 5
 class Begun(NamedTuple):
     """How a call found its batch."""
 
-    plan: Plan
+    plan: BatchPlan
     done: int
     """Units that an earlier call did."""
     changed: tuple[Unit, ...] = ()
@@ -72,7 +72,7 @@ class Batch:
         As without a scheduler: nothing is written by then.
     """
 
-    def __init__(self, job: Job, *, overwrite: bool = False) -> None:
+    def __init__(self, job: BatchJob, *, overwrite: bool = False) -> None:
         self.job = job
         self.found = find_images(Path(job.source))
         self.images = image_set_of(job, self.found.series)
@@ -122,7 +122,7 @@ class Batch:
         self.ledger.begin(plan, prepare)
         return Begun(plan, 0)
 
-    def changed(self, plan: Plan) -> list[Unit]:
+    def changed(self, plan: BatchPlan) -> list[Unit]:
         """Return the units whose images are not those any more that were planned."""
         now = {
             (unit.path, unit.number): unit
@@ -135,7 +135,7 @@ class Batch:
             and (found.content, found.facts) != (unit.content, unit.facts)
         ]
 
-    def finish(self, plan: Plan) -> list[tuple[Unit, Failure]]:
+    def finish(self, plan: BatchPlan) -> list[tuple[Unit, Failure]]:
         """Put the output in its place, if all that can be done is done.
 
         Returns
@@ -159,7 +159,7 @@ class Batch:
             self.ledger.remove()
         return failures
 
-    def _begun(self) -> Plan | None:
+    def _begun(self) -> BatchPlan | None:
         try:
             return self.ledger.plan()
         except OutputError:
@@ -201,7 +201,7 @@ class Batch:
         with writing(path, OutputError):
             prepare_zarr(path, self._outlines())
 
-    def _deliver(self, plan: Plan, failed: set[str]) -> None:
+    def _deliver(self, plan: BatchPlan, failed: set[str]) -> None:
         store = self.ledger.store
         if not store.exists():
             return  # a call that was killed afterwards has put it in its place
@@ -213,7 +213,7 @@ class Batch:
         files.replace(store, self.ledger.output)
         files.keep_names(self.ledger.output.parent)
 
-    def _without(self, plan: Plan, failed: set[str]) -> Path:
+    def _without(self, plan: BatchPlan, failed: set[str]) -> Path:
         """Return a store of the images that were done.
 
         Their pixels stay where they are until it has its place, so that whoever is
@@ -235,7 +235,7 @@ class Batch:
                     shutil.copytree(chunks, target, copy_function=_link)
         return rest
 
-    def _collect(self, plan: Plan, failed: set[str]) -> None:
+    def _collect(self, plan: BatchPlan, failed: set[str]) -> None:
         """Write what was found in all images as one JSON."""
         rows: list[Any] = []
         for unit in plan.units:
@@ -259,7 +259,7 @@ class Batch:
         place = None if output is None else Path(output)
         return ErrorMaps(place, self.found.series, guard, Path(self.job.source))
 
-    def _collect_errors(self, plan: Plan, failed: set[str]) -> None:
+    def _collect_errors(self, plan: BatchPlan, failed: set[str]) -> None:
         """Write the errors stated of all images, if asked for."""
         if self.job.expected_error is None:
             return
@@ -331,10 +331,10 @@ class ErrorMaps:
 
 def new_plan(
     form: Form,
-    job: Job,
+    job: BatchJob,
     images: list[tuple[ImageSeries, str, dict[str, str]]],
     broken: tuple[tuple[str, str], ...],
-) -> Plan:
+) -> BatchPlan:
     """Make a plan.
 
     Parameters
@@ -357,7 +357,7 @@ def new_plan(
         else sorted({repr(sorted(how.items())) for *_, how in images})
     )
     own = [unit.image + unit.facts for unit in units] if form == "zarr" else []
-    return Plan(
+    return BatchPlan(
         key=digest(repr([shared, made, own])),
         made_by=__version__,
         form=form,
@@ -436,7 +436,7 @@ def _found_in(path: Path, kind: type[_T]) -> _T:
         raise OutputError(msg) from error
 
 
-def _is_one(found: FoundImages, job: Job) -> bool:
+def _is_one(found: FoundImages, job: BatchJob) -> bool:
     """Tell whether the input is one thing, such as a Zarr, not a folder of files."""
     source = Path(job.source)
     return any(

@@ -40,7 +40,7 @@ _KINDS = ("working", "done", "failed", "rows", "errors")
 _T = TypeVar("_T")
 
 
-class Job(msgspec.Struct, frozen=True):
+class BatchJob(msgspec.Struct, frozen=True):
     """What the user asks for, so that any process can do a part of it."""
 
     command: Command
@@ -113,7 +113,7 @@ class StatedErrors(msgspec.Struct):
         return len(self.planes) == len(image)
 
 
-class Plan(msgspec.Struct, frozen=True):
+class BatchPlan(msgspec.Struct, frozen=True):
     """The units of a job."""
 
     key: str
@@ -121,7 +121,7 @@ class Plan(msgspec.Struct, frozen=True):
     made_by: str
     """Version of rtfocus."""
     form: Form
-    job: Job
+    job: BatchJob
     units: tuple[Unit, ...]
     broken: tuple[tuple[str, str], ...] = ()
     """Images of the input that cannot be opened at all, and why."""
@@ -215,7 +215,7 @@ class Ledger:
         self.store = self.folder / "store.ome.zarr"
         """OME-Zarr that is being filled."""
 
-    def plan(self) -> Plan | None:
+    def plan(self) -> BatchPlan | None:
         """Return the plan; None: there is none.
 
         Raises
@@ -226,9 +226,9 @@ class Ledger:
         path = self.folder / "plan.json"
         if not path.exists():
             return None
-        return _read(path, Plan, "remove the folder, or give --overwrite")
+        return _read(path, BatchPlan, "remove the folder, or give --overwrite")
 
-    def begin(self, plan: Plan, prepare: Callable[[Path], None] | None) -> None:
+    def begin(self, plan: BatchPlan, prepare: Callable[[Path], None] | None) -> None:
         """Keep a new plan; what an earlier one left is removed.
 
         Parameters
@@ -262,7 +262,7 @@ class Ledger:
         except OSError:
             return False
 
-    def extend(self, begun: Plan, plan: Plan) -> tuple[Unit, ...]:
+    def extend(self, begun: BatchPlan, plan: BatchPlan) -> tuple[Unit, ...]:
         """Keep a plan in place of that which began.
 
         What was done stays done, unless the pixels it was made of have changed.
@@ -284,7 +284,7 @@ class Ledger:
         self._write(plan)
         return tuple(changed)
 
-    def _write(self, plan: Plan) -> None:
+    def _write(self, plan: BatchPlan) -> None:
         with files.whole(self.folder / "plan.json", overwrite=True) as part:
             part.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=1))
             files.keep(part)
@@ -320,7 +320,7 @@ class Ledger:
         done = self._marked("done")
         return tuple(unit for unit in units if unit.key not in done)
 
-    def notes(self, plan: Plan) -> list[str]:
+    def notes(self, plan: BatchPlan) -> list[str]:
         """Return what units had to say, each once."""
         done = self._marked("done")
         said = dict.fromkeys(
@@ -331,7 +331,7 @@ class Ledger:
         )
         return list(said)
 
-    def failures(self, plan: Plan) -> list[tuple[Unit, Failure]]:
+    def failures(self, plan: BatchPlan) -> list[tuple[Unit, Failure]]:
         """Return the units that failed, and why."""
         marked = self._marked("failed")
         # Two may have done the same unit, and one have come too late.

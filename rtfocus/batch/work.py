@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from rtfocus import __version__, files
 from rtfocus.batch.plan import (
+    BatchJob,
+    BatchPlan,
     Failure,
     Fault,
-    Job,
     Ledger,
-    Plan,
     StatedErrors,
     Unit,
     arrays_of,
@@ -95,13 +95,15 @@ def run_unit(
         return None
 
 
-def doing(plan: Plan) -> Callable[[Unit, int | None], Failure | None]:
+def doing(plan: BatchPlan) -> Callable[[Unit, int | None], Failure | None]:
     """Return what does a unit of a plan in any process that sees its folder."""
     return partial(run_unit, plan.job.output, plan.key)
 
 
 def run_here(
-    plan: Plan, units: Iterable[Unit], on_unit: Callable[[Unit, Failure | None], None]
+    plan: BatchPlan,
+    units: Iterable[Unit],
+    on_unit: Callable[[Unit, Failure | None], None],
 ) -> None:
     """Do units one after the other in this process."""
     try:
@@ -122,7 +124,7 @@ def close_opened() -> None:
 class _Opened:
     """What a process needs for the units of a plan."""
 
-    def __init__(self, plan: Plan, threads: int | None) -> None:
+    def __init__(self, plan: BatchPlan, threads: int | None) -> None:
         self.key = plan.key
         self.units = {unit.key: unit for unit in plan.units}
         self._plan = plan
@@ -291,7 +293,7 @@ def _opened(ledger: Ledger, plan_key: str, unit: Unit, threads: int | None) -> _
 
 
 def image_set_of(
-    job: Job, series: Iterable[ImageSeries], threads: int | None = None
+    job: BatchJob, series: Iterable[ImageSeries], threads: int | None = None
 ) -> ImageSet:
     """Return images with what a job says of them; `threads` as in `run_unit`."""
     stated = None

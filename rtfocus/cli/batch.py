@@ -14,7 +14,7 @@ from msgspec import to_builtins
 from msgspec.structs import replace
 
 from rtfocus.batch.ends import Batch, Begun
-from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
+from rtfocus.batch.plan import BatchJob, BatchPlan, Failure, Ledger, Unit, part_of
 from rtfocus.batch.scheduler import WORKERS_S, R, U, goes_on, run_on, workers_of
 from rtfocus.batch.work import doing, run_here
 from rtfocus.cli.display import counting
@@ -100,7 +100,7 @@ class Many:
         return self != Many()
 
 
-def run_batch(job: Job, many: Many, *, overwrite: bool) -> None:
+def run_batch(job: BatchJob, many: Many, *, overwrite: bool) -> None:
     """Do what the options ask for: all of a batch, or a step of it.
 
     Raises
@@ -206,7 +206,7 @@ def _refuse_without_scheduler(many: Many) -> None:
         raise ConfigError(msg)
 
 
-def _do_part(ledger: Ledger, text: str, job: Job) -> None:
+def _do_part(ledger: Ledger, text: str, job: BatchJob) -> None:
     """Do one part of a batch that was planned."""
     plan = _begun(ledger, job)
     part = plan.part(*part_of(text))
@@ -231,7 +231,7 @@ def _do_part(ledger: Ledger, text: str, job: Job) -> None:
         raise IncompleteError(msg)
 
 
-def _finish(batch: Batch, plan: Plan, remedy: str) -> None:
+def _finish(batch: Batch, plan: BatchPlan, remedy: str) -> None:
     """Put the output in its place; say what is there, and fail if not all is."""
     job, ledger = batch.job, batch.ledger
     notes = ledger.notes(plan)
@@ -272,7 +272,7 @@ def _finish(batch: Batch, plan: Plan, remedy: str) -> None:
         raise (IncompleteError if done else InputError)(msg)
 
 
-def _begun(ledger: Ledger, job: Job) -> Plan:
+def _begun(ledger: Ledger, job: BatchJob) -> BatchPlan:
     plan = ledger.plan()
     if plan is None:
         msg = f"no batch was begun for '{ledger.output}'; begin it with --init"

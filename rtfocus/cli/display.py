@@ -154,7 +154,7 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
 
 def _courses(monitor: "Monitor", width: int) -> Iterator[tuple[str, str]]:
     """Yield the course of defocus and latency over the last estimates."""
-    _, samples = monitor.samples_since(0)
+    _, samples = monitor.estimates_since(0)
     for name, unit, values in (
         ("defocus course", "um", [sample.defocus_um for sample in samples]),
         ("latency course", "ms", [sample.latency_ms for sample in samples]),

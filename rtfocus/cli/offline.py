@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from rtfocus.batch.ends import ErrorMaps, notes_of
-from rtfocus.batch.plan import Command, Job, content_of
+from rtfocus.batch.plan import BatchJob, Command, content_of
 from rtfocus.batch.scheduler import WORKERS_S
 from rtfocus.batch.work import classified, plane_row
 from rtfocus.cli.batch import (
@@ -261,12 +261,12 @@ def classify(
 
 def _job(
     command: Command, path: Path, output: Path, settings: Config, optics: str | None
-) -> Job:
+) -> BatchJob:
     source = path / "raw.ome.zarr" if _is_run(path) else path
     # Workers stand in other folders, and files may change until they begin.
     folders = map(os.path.abspath, settings.processing.engine_folders)
     settings = settings.with_processing(engine_folders=[*map(Path, folders)])
-    return Job(
+    return BatchJob(
         command=command,
         source=os.path.abspath(source),
         given=str(source),

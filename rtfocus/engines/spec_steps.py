@@ -336,7 +336,7 @@ KNOWN_STEPS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ShownImage:
     """An image as the network sees it."""
 
     image: Image
@@ -385,12 +385,12 @@ class StepsCard(Section):
             raise ValueError(msg)
         return self
 
-    def show(self, raw: Image) -> Shown:
+    def show(self, raw: Image) -> ShownImage:
         """Return an image as the network sees it."""
         image, lines = _after(self.before, raw, raw)
-        return Shown(image, lines)
+        return ShownImage(image, lines)
 
-    def give(self, restored: Image, shown: Shown, raw: Image) -> Image:
+    def give(self, restored: Image, shown: ShownImage, raw: Image) -> Image:
         """Return what the network made of an image, on the scale of `values`.
 
         Raises

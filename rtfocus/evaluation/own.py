@@ -115,11 +115,11 @@ def train_own(
     work = wish.output.with_name(f"{wish.output.name}.training")
     if (work / _PLAN).is_file() and (wish.output / CARD_NAME).is_file():
         # Done but for the last word, or called once more.
-        _Plan(work, wish, found, say)
+        _OwnPlan(work, wish, found, say)
         _admit(wish.output)
         return wish.output, _advice_of(wish.output)
     _claim(wish, found, work)
-    plan = _Plan(work, wish, found, say)
+    plan = _OwnPlan(work, wish, found, say)
     fields = plan.fields()
     shipped = [contender(one, classifier=_CLASSIFIER, blind=False) for one in SHIPPED]
     start = plan.start(fields, shipped)
@@ -157,7 +157,7 @@ def _claim(wish: OwnWish, found: FoundImages, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
 
 
-class _Plan:
+class _OwnPlan:
     """What was decided, on disk as soon as it is: later calls decide the same."""
 
     def __init__(

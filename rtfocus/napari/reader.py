@@ -31,7 +31,7 @@ from rtfocus.writers.places import Plan, position_paths
 LayerData = tuple[Array, dict[str, Any], str]
 """What napari makes a layer of: pixels, arguments, kind of layer."""
 Read = Callable[[str | Path], list[LayerData]]
-Place = dict[str, list[Any]]
+Placement = dict[str, list[Any]]
 """Scale, place and axes of a layer, by napari's names for them."""
 
 SIGNED_MAP = {
@@ -189,7 +189,7 @@ def _facts(
     }
 
 
-def _place(run: Run, kind: Kind, position: Position | None, ndim: int) -> Place:
+def _place(run: Run, kind: Kind, position: Position | None, ndim: int) -> Placement:
     """Return scale and place of a layer with axes t, (p,) z, y, x."""
     series, grid = run.series, run.header.grid
     y_um = x_um = 0.0
@@ -200,7 +200,7 @@ def _place(run: Run, kind: Kind, position: Position | None, ndim: int) -> Place:
     t_unit = "s" if run.header.has_scale("t") else "pixel"
     z_unit = "um" if run.header.has_scale("z") else "pixel"
     outer = [series.interval_s or 1.0, *between, series.z_step_um or 1.0]
-    place: Place = {
+    place: Placement = {
         "scale": [*outer, series.pixel_size_um, series.pixel_size_um],
         "translate": [0.0] * (ndim - 2) + [y_um, x_um],
         "axis_labels": ["t", *(["p"] * len(between)), "z", "y", "x"],
@@ -209,7 +209,7 @@ def _place(run: Run, kind: Kind, position: Position | None, ndim: int) -> Place:
     return map_place(place, grid) if kind in MAPS and grid is not None else place
 
 
-def map_place(pixels: Place, tiles: TileGrid | InputCard) -> Place:
+def map_place(pixels: Placement, tiles: TileGrid | InputCard) -> Placement:
     """Return where a map lies over a layer of pixels, with a pixel for each tile."""
     *outer, y, x = pixels["scale"]
     *before, top, left = pixels["translate"]

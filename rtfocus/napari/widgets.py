@@ -31,7 +31,7 @@ from rtfocus.engines.card import input_of
 from rtfocus.engines.registry import find_engine, list_engines
 from rtfocus.errors import RtfocusError
 from rtfocus.frame import SeriesStart
-from rtfocus.napari.reader import MAPS, Place, Receiver, map_look, map_place
+from rtfocus.napari.reader import MAPS, Placement, Receiver, map_look, map_place
 from rtfocus.processing.restore import METHODS
 from rtfocus.transport.viewer import Preview
 
@@ -137,7 +137,7 @@ class FollowWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no ty
         self.status.setText(_in_words(picture, channel, receiver))
 
     def _update(
-        self, name: str, pixels: NDArray[Any], place: Place, look: dict[str, Any]
+        self, name: str, pixels: NDArray[Any], place: Placement, look: dict[str, Any]
     ) -> None:
         """Give a layer its newest pixels; make it where there is none that fits."""
         is_colour = pixels.ndim == 3
@@ -163,7 +163,7 @@ class FollowWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no ty
         super().closeEvent(event)
 
 
-def _flat(pixel_um: float) -> Place:
+def _flat(pixel_um: float) -> Placement:
     """Return the place of a picture whose corner is that of the frame."""
     return {"scale": [pixel_um] * 2, "translate": [0.0] * 2, "units": ["um"] * 2}
 

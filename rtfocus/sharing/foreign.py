@@ -25,7 +25,7 @@ from rtfocus.engines.spec_steps import (
     Image,
     ScaleMeanVariance,
     ScaleRange,
-    Shown,
+    ShownImage,
     Sigmoid,
     StepsCard,
     Values,
@@ -351,7 +351,9 @@ def _try_tile(found: FoundEngine) -> None:
         raise EngineError(msg) from error
 
 
-def _values(steps: StepsCard, given: Image, shown: list[Shown], raw: Image) -> Values:
+def _values(
+    steps: StepsCard, given: Image, shown: list[ShownImage], raw: Image
+) -> Values:
     """Tell which values a model gives, by those it gives of its test tensor."""
     if any(isinstance(step, Binarize | Sigmoid) for step in steps.after):
         return Values.own

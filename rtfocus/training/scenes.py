@@ -188,7 +188,7 @@ _LARGEST_DRAWN_PX = 320
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class SharpScene:
     """One sharp picture."""
 
     light: Image
@@ -215,7 +215,7 @@ class SceneSource:
             shares.append(recipe.specimens.share)
         self._shares = np.array(shares) / sum(shares)
 
-    def draw(self, rng: np.random.Generator) -> Scene:
+    def draw(self, rng: np.random.Generator) -> SharpScene:
         """Draw the next scene."""
         scene = self._draw_one(rng)
         # A share of 0 draws nothing, so that the same seed draws as before.
@@ -223,7 +223,7 @@ class SceneSource:
             return mixed(scene, self._draw_one(rng), rng)
         return scene
 
-    def _draw_one(self, rng: np.random.Generator) -> Scene:
+    def _draw_one(self, rng: np.random.Generator) -> SharpScene:
         place = int(rng.choice(len(self._shares), p=self._shares))
         if place == len(self.fields) and self._specimens is not None:
             return self._draw_specimen(self._specimens, rng)
@@ -231,7 +231,7 @@ class SceneSource:
 
     def _draw_specimen(
         self, specimens: SpecimenRecipe, rng: np.random.Generator
-    ) -> Scene:
+    ) -> SharpScene:
         kind = specimens.kinds[int(rng.integers(len(specimens.kinds)))]
         side = min(_LARGEST_DRAWN_PX, self._side_px)
         scale = float(rng.uniform(*specimens.scale))
@@ -239,9 +239,9 @@ class SceneSource:
             light = draw_stained((side, side), rng, scale=scale) @ _LUMINANCE
         else:
             light = draw_specimen(kind, (side, side), rng, scale=scale)
-        return Scene(light, ideal=True)
+        return SharpScene(light, ideal=True)
 
-    def _cut_field(self, field: SharpField, rng: np.random.Generator) -> Scene:
+    def _cut_field(self, field: SharpField, rng: np.random.Generator) -> SharpScene:
         """Cut a window of a field, resized by a random factor."""
         low, high = field.source.zoom
         zoom = float(rng.uniform(low, high))
@@ -261,32 +261,32 @@ class SceneSource:
         # Fields in focus are not equally sharp: neither are those to come.
         softness = rng.uniform(0, field.source.softness_px)
         light = np.asarray(ndimage.gaussian_filter(scene, softness), dtype=np.float32)
-        return Scene(light, ideal=False, zoom=zoom)
+        return SharpScene(light, ideal=False, zoom=zoom)
 
 
 # Contrasts are bent by powers in this range.
 _BENDS = (0.6, 1.8)
 
 
-def mixed(first: Scene, second: Scene, rng: np.random.Generator) -> Scene:
+def mixed(first: SharpScene, other: SharpScene, rng: np.random.Generator) -> SharpScene:
     """Return a scene with another laid over it, at most as bright, both bent.
 
     Parameters
     ----------
-    first, second
+    first, other
         Of any shapes; what the smaller one covers remains.
     rng
         Draws powers and weights.
     """
-    rows, columns = np.minimum(first.light.shape, second.light.shape)
+    rows, columns = np.minimum(first.light.shape, other.light.shape)
     over = rng.uniform(0, 0.5)
     light = np.zeros((rows, columns), dtype=np.float32)
-    for scene, weight in ((first, 1 - over), (second, over)):
+    for scene, weight in ((first, 1 - over), (other, over)):
         bend = np.exp(rng.uniform(*np.log(_BENDS)))
         light += np.float32(weight) * scene.light[:rows, :columns] ** np.float32(bend)
     light /= max(float(light.max()), 1e-6)
-    zoom = min(first.zoom, second.zoom)
-    return Scene(light, first.ideal and second.ideal, zoom)
+    zoom = min(first.zoom, other.zoom)
+    return SharpScene(light, first.ideal and other.ideal, zoom)
 
 
 # Sees noise and hardly an image (Immerkaer 1996, Fast noise variance estimation).

@@ -38,7 +38,7 @@ from rtfocus.transport.viewer import (
     Point,
     PreviewHeader,
     PreviewStatus,
-    Shown,
+    ShownSeries,
     maps_of,
     unpack_request,
 )
@@ -87,7 +87,7 @@ class PreviewPublisher:
         self._pictures: dict[int, Newest[list[Any]]] = {}
         self._too_soon = 0
         self._failure_is_told = False
-        self._shown: Shown | None = None
+        self._shown: ShownSeries | None = None
         self._lock = threading.Lock()
         self._points: Recent[Point] = Recent(_POINTS)
         self._focus: Recent[tuple[int, dict[str, Any]]] = Recent(_FOCUS_LINES)
@@ -117,7 +117,7 @@ class PreviewPublisher:
 
         self._thread = IoThread("preview", open_loop, lambda _: None)
 
-    def begin(self, shown: Shown) -> None:
+    def begin(self, shown: ShownSeries) -> None:
         """Show a series from here on."""
         with self._lock:
             self._points.clear()

@@ -210,7 +210,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer", tag_field="type"):
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownSeries:
     """A series as viewers are told of it."""
 
     series: SeriesStart

@@ -20,8 +20,8 @@ from rtfocus.frame import PROTOCOL_VERSION, Act, SeriesStart
 from rtfocus.transport.viewer import Preview, PreviewStatus, PreviewViewer, Request
 from rtfocus.view.codec import Picture, live_picture, pack
 from rtfocus.view.source_run import (
+    Cutout,
     Place,
-    Region,
     StoredRun,
     Traces,
     note_focus_line,
@@ -38,7 +38,7 @@ _CACHE_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
-class Shown:
+class Packed:
     """A picture, packed once for all viewers."""
 
     place: Place
@@ -79,8 +79,8 @@ class Scene:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._came_s = 0.0
-        self._newest: dict[int, Shown] = {}
-        self._cache: OrderedDict[tuple[Any, ...], Shown] = OrderedDict()
+        self._newest: dict[int, Packed] = {}
+        self._cache: OrderedDict[tuple[Any, ...], Packed] = OrderedDict()
         self._listeners: list[Callable[[], None]] = []
         self.watched = threading.Event()
         """Set while a page is open."""
@@ -115,7 +115,7 @@ class Scene:
 
     def show(self, place: Place, picture: Picture) -> None:
         """Make a picture the newest of its channel."""
-        shown = Shown(place, picture, pack(picture))
+        shown = Packed(place, picture, pack(picture))
         with self._lock:
             self._newest[place[2]] = shown
             self._came_s = time.monotonic()
@@ -126,7 +126,7 @@ class Scene:
         late_s = time.monotonic() - self._came_s
         return self.state == "running" and late_s < _OVERDUE_S
 
-    def newest(self, p: int | None, c: int | None, z: int | None) -> Shown | None:
+    def newest(self, p: int | None, c: int | None, z: int | None) -> Packed | None:
         """Return the newest live picture at a place; None: there is none."""
         with self._lock:
             found = [
@@ -138,7 +138,7 @@ class Scene:
             ]
         return max(found, key=lambda one: one.picture.sequence, default=None)
 
-    def read(self, place: Place, region: Region | None = None) -> Shown:
+    def read(self, place: Place, region: Cutout | None = None) -> Packed:
         """Read a picture from the run folder; packed once for all viewers.
 
         Raises
@@ -156,7 +156,7 @@ class Scene:
             msg = "the run folder is not on this machine; the newest frames alone are"
             raise InputError(msg)
         picture = stored.picture(place, region)
-        shown = Shown(place, picture, pack(picture))
+        shown = Packed(place, picture, pack(picture))
         with self._lock:
             self._cache[key] = shown
             while sum(len(one.packed) for one in self._cache.values()) > _CACHE_BYTES:

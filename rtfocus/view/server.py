@@ -27,7 +27,7 @@ from starlette.websockets import WebSocket
 from rtfocus.errors import ConfigError, InputError, RtfocusError, TransportError
 from rtfocus.transport.sockets import is_local
 from rtfocus.view.scene import Scene
-from rtfocus.view.source_run import Place, Region
+from rtfocus.view.source_run import Cutout, Place
 from rtfocus.view.viewer import Viewer, snapshot
 
 COOKIE = "rtfocus_token"
@@ -125,13 +125,13 @@ def page_app(scene: Scene, listening: Listening) -> ASGIApp:
 
 def _asked_plane(
     query: Mapping[str, str],
-) -> tuple[str, Place, Region | None]:
+) -> tuple[str, Place, Cutout | None]:
     try:
         t, p, c, z = (int(query.get(axis, "0")) for axis in "tpcz")
         corners = (
             [int(n) for n in query["region"].split(",")] if "region" in query else []
         )
-        region = Region(*corners) if corners else None
+        region = Cutout(*corners) if corners else None
     except (ValueError, TypeError) as error:
         msg = "a plane is named by whole numbers t, p, c, z and region=y0,x0,y1,x1"
         raise InputError(msg) from error

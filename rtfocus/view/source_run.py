@@ -139,7 +139,7 @@ _IMAGES: tuple[tuple[ImageName, Kind], ...] = (
 
 
 @dataclass(frozen=True)
-class Region:
+class Cutout:
     """Part of a frame in pixels: y0 <= y < y1."""
 
     y0: int
@@ -280,7 +280,7 @@ class StoredRun:
                     return place
         return None
 
-    def picture(self, place: Place, region: Region | None = None) -> Picture:
+    def picture(self, place: Place, region: Cutout | None = None) -> Picture:
         """Read the planes of a place, or all pixels of a region of them.
 
         Raises
@@ -375,7 +375,7 @@ class StoredRun:
             if name in MAPS and (values := self._if_there(name, place)) is not None:
                 yield map_plane(MAPS[name], values, grid)
 
-    def _region(self, place: Place, region: Region) -> tuple[Plane, ...]:
+    def _region(self, place: Place, region: Cutout) -> tuple[Plane, ...]:
         height, width = self.series.shape[:2]
         y0, y1 = max(region.y0, 0), min(region.y1, height)
         x0, x1 = max(region.x0, 0), min(region.x1, width)

@@ -25,8 +25,8 @@ from rtfocus.images.metadata import OutputImage, PlaneFacts
 from rtfocus.images.ome_xml import write_tiff
 from rtfocus.images.series import ImageChannel, ImageSeries
 from rtfocus.view.codec import Kind, numbered
-from rtfocus.view.scene import Scene, Shown
-from rtfocus.view.source_run import Place, Region
+from rtfocus.view.scene import Packed, Scene
+from rtfocus.view.source_run import Cutout, Place
 
 MOST_BYTES = 4096
 """Of a message of a page; none of ours comes near."""
@@ -252,7 +252,7 @@ class Viewer:
         self._taken.clear()
         await self._socket.send_bytes(numbered(shown.packed, self._number))
 
-    async def _next(self) -> Shown | None:
+    async def _next(self) -> Packed | None:
         """Return the picture to show next; None: what is shown is right."""
         scene, select = self._scene, self._select
         if scene.series is None:
@@ -260,7 +260,7 @@ class Viewer:
         if self._detail is not None:
             wanted, self._detail = self._detail, None
             place = (wanted.t, wanted.p, wanted.c, wanted.z)
-            region = Region(wanted.y0, wanted.x0, wanted.y1, wanted.x1)
+            region = Cutout(wanted.y0, wanted.x0, wanted.y1, wanted.x1)
             return await run_in_threadpool(scene.read, place, region)
         if not select.follow:
             place = (select.t or 0, select.p or 0, select.c or 0, select.z or 0)
@@ -269,7 +269,7 @@ class Viewer:
             return await self._unless_shown(place, there)
         return await self._followed()
 
-    async def _followed(self) -> Shown | None:
+    async def _followed(self) -> Packed | None:
         scene, select = self._scene, self._select
         wanted = (select.p, select.c, select.z)
         live = scene.newest(*wanted)
@@ -284,7 +284,7 @@ class Viewer:
             return live
         return None if place is None else await self._unless_shown(place, there=True)
 
-    async def _unless_shown(self, place: Place, there: bool) -> Shown | None:
+    async def _unless_shown(self, place: Place, there: bool) -> Packed | None:
         key = ("stored", place, there)
         if self._shown == key:  # or was tried
             return None
@@ -299,7 +299,7 @@ _KINDS = {"raw": Kind.RAW, "restored": Kind.RESTORED}
 
 
 def snapshot(
-    scene: Scene, kind: str, place: Place, region: Region | None = None
+    scene: Scene, kind: str, place: Place, region: Cutout | None = None
 ) -> bytes:
     """Return a plane as a TIFF: what is stored, or what the newest picture has.
 
@@ -356,7 +356,7 @@ def _described(
     kind: str,
     place: Place,
     step: int,
-    region: Region | None,
+    region: Cutout | None,
     pixels: NDArray[np.generic],
 ) -> OutputImage:
     """Return a plane with what is known of it, as an image to write."""

@@ -205,8 +205,8 @@ def restore_both(
     # What a frame leaves behind must not be seen in the next: whole frames first.
     for labels in (None, LABELS):
         work.copy(given.out, given.signal)
-        for part in restorer.parts(labels):
-            restorer.enqueue(work, given, part)
+        for piece in restorer.pieces(labels):
+            restorer.enqueue(work, given, piece)
     cpu = DepthVariantRestorer(
         montage, psfs, settings, quantum=1.0, gain_e_per_count=gain
     )

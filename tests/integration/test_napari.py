@@ -20,7 +20,8 @@ from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config.sections import PreviewConfig
 from rtfocus.frame import DefocusMap, FrameHeader, FrameResult, Position
 from rtfocus.specimens import draw_specimen
-from rtfocus.transport.preview import PreviewPublisher, Shown
+from rtfocus.transport.preview import PreviewPublisher
+from rtfocus.transport.viewer import ShownSeries
 
 OPTICS = OpticalSystem(0.8, 460.0, 0.325)
 KINDS = (
@@ -192,7 +193,7 @@ def test_a_live_run_is_followed_newest_first(viewer: Any, tmp_path: Path) -> Non
         widget.endpoint.setText(preview.endpoint)
         widget.toggle()
         until(lambda: preview.watched, "the viewer")
-        preview.begin(Shown(series, tmp_path, lambda: {"frames_per_s": 7.5}))
+        preview.begin(ShownSeries(series, tmp_path, lambda: {"frames_per_s": 7.5}))
         receiver = widget.receiver
         until(lambda: receiver.series is not None, "the series")
         for sequence in range(4):

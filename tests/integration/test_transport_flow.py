@@ -41,7 +41,7 @@ from rtfocus.frame import Estimate, FocusReading, Role
 from rtfocus.transport.inflow import Gap
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.publisher import FramePublisher
-from rtfocus.transport.viewer import PreviewViewer, Shown
+from rtfocus.transport.viewer import PreviewViewer, ShownSeries
 
 CHILD = Path(__file__).with_name("recorder_child.py")
 
@@ -496,7 +496,7 @@ class TestPreview:
         self, tmp_path: Path
     ) -> None:
         preview = PreviewPublisher(self.CONFIG)
-        preview.begin(Shown(make_series(), tmp_path, dict))
+        preview.begin(ShownSeries(make_series(), tmp_path, dict))
         states = []
         for number in range(0, 100, 5):
             for sequence in range(number, number + 5):

@@ -33,7 +33,7 @@ from rtfocus.frame import Act
 from rtfocus.monitor import Monitor
 from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.sockets import create_keys
-from rtfocus.transport.viewer import PreviewViewer, Shown
+from rtfocus.transport.viewer import PreviewViewer, ShownSeries
 from rtfocus.view.codec import (
     HEADER,
     MAGIC,
@@ -48,7 +48,7 @@ from rtfocus.view.codec import (
 from rtfocus.view.scene import LiveSource, Scene
 from rtfocus.view.server import Listening, PageServer
 from rtfocus.view.source_run import (
-    Region,
+    Cutout,
     StoredRun,
     Traces,
     note_focus_line,
@@ -162,7 +162,7 @@ def test_a_run_is_read_place_by_place(scene: Scene, run_folder: Path) -> None:
     np.testing.assert_array_equal(kinds[Kind.RAW].pixels, frame)
     tiles = kinds[Kind.DEFOCUS]
     np.testing.assert_array_equal(tiles.pixels, stored.run.defocus[3, 0, 0])
-    detail = stored.picture((3, 0, 0, 0), Region(10, 20, 50, 80))
+    detail = stored.picture((3, 0, 0, 0), Cutout(10, 20, 50, 80))
     np.testing.assert_array_equal(detail.planes[0].pixels, frame[10:50, 20:80])
     for place in ((0, 1, 0, 0), (0, 0, 0, -1)):
         with pytest.raises(InputError, match="the run has no"):
@@ -507,7 +507,7 @@ def test_what_was_called_unanswered_is_not_done_later(
     anywhere = "tcp://127.0.0.1:*"
     ports = PreviewConfig(endpoint=anywhere, control=anywhere)
     with closing(PreviewPublisher(ports)) as preview:
-        preview.begin(Shown(make_series("u"), tmp_path, dict, act=asked.append))
+        preview.begin(ShownSeries(make_series("u"), tmp_path, dict, act=asked.append))
         assert preview.endpoint is not None
         scene = Scene()
         source = LiveSource(scene, preview.endpoint, None)

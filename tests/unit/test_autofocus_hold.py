@@ -17,7 +17,7 @@ from rtfocus.autofocus.appearance import (
 )
 from rtfocus.autofocus.belief import Drift, Mode, modes_of_weights
 from rtfocus.autofocus.devices import CoreStage
-from rtfocus.autofocus.hold import Correction, Holder, Seen
+from rtfocus.autofocus.hold import Correction, Holder, SpectrumAtZ
 from rtfocus.autofocus.plans import surface_at
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.run import Verdict
@@ -143,9 +143,9 @@ class Held:
         self.holder.begin(HERE, 0.0, 0.0, looks, limits)
         self.z_um, self.frame = 0.0, 0
 
-    def seen(self, away: float) -> Seen:
+    def seen(self, away: float) -> SpectrumAtZ:
         look = self.field.look(away)
-        return Seen(-away * UNIT_UM, look.amplitude, look.noise)
+        return SpectrumAtZ(-away * UNIT_UM, look.amplitude, look.noise)
 
     def visit(self, image: str = "good") -> float:
         """Correct, expose, and return how far from focus, in depths of field."""

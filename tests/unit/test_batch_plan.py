@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtfocus.batch.plan import Failure, Job, Ledger, Plan, Unit, part_of
+from rtfocus.batch.plan import BatchJob, BatchPlan, Failure, Ledger, Unit, part_of
 from rtfocus.batch.scheduler import goes_on
 from rtfocus.errors import ConfigError
 
 
-def plan_of(count: int) -> Plan:
+def plan_of(count: int) -> BatchPlan:
     """Return a plan of so many images."""
     units = tuple(
         Unit(
@@ -29,8 +29,8 @@ def plan_of(count: int) -> Plan:
         )
         for number in range(count)
     )
-    job = Job("restore", "in", "in", "out", {})
-    return Plan("key", "0", "folder", job, units)
+    job = BatchJob("restore", "in", "in", "out", {})
+    return BatchPlan("key", "0", "folder", job, units)
 
 
 @given(st.integers(0, 60), st.integers(1, 25))

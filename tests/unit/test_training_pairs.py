@@ -16,8 +16,8 @@ from rtfocus.training.recipe import (
     SourceRecipe,
 )
 from rtfocus.training.scenes import (
-    Scene,
     SceneSource,
+    SharpScene,
     denoised,
     load_fields,
     load_real_pairs,
@@ -178,7 +178,7 @@ def test_away_from_focus_the_psf_is_no_point():
 def test_a_mixed_scene_shows_both_the_second_at_most_as_bright():
     left, right = np.zeros((30, 40), np.float32), np.zeros((32, 36), np.float32)
     left[:, 5], right[:, 30] = 1, 1
-    scenes = Scene(left, ideal=True), Scene(right, ideal=False)
+    scenes = SharpScene(left, ideal=True), SharpScene(right, ideal=False)
     for seed in range(20):
         made = mixed(*scenes, np.random.default_rng(seed))
         assert made.light.shape == (30, 36)
@@ -190,7 +190,7 @@ def test_a_mixed_scene_shows_both_the_second_at_most_as_bright():
 
 
 def test_contrasts_of_mixed_scenes_are_bent_either_way():
-    scene = Scene(np.full((8, 8), 0.5, np.float32), ideal=True)
+    scene = SharpScene(np.full((8, 8), 0.5, np.float32), ideal=True)
     scene.light[0] = 1
     greys = [
         mixed(scene, scene, np.random.default_rng(seed)).light[4, 4]

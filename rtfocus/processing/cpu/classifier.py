@@ -65,8 +65,8 @@ class NetworkView:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What a network saw in a frame."""
+class Prediction:
+    """What a network makes of a frame."""
 
     defocus: DefocusMap
     restored: Image | None
@@ -239,19 +239,19 @@ class FrameClassifier:
             ranges += found
         return NetworkView(tiles, empty, ranges, signal.shape)
 
-    def see(self, prepared: NetworkView) -> Seen:
+    def see(self, prepared: NetworkView) -> Prediction:
         """Run the network on a prepared frame for all that it tells of it."""
         logits, restored = self._run(prepared.tiles)
         defocus = self._map(logits[0], prepared.empty)
         if restored is None:
-            return Seen(defocus, None)
+            return Prediction(defocus, None)
         told = self._plan.conditions
         if self._plan.looks_twice and told is not None:
             level = self._labels.level_of_frame(logits[0])
             again = told.told(level, len(prepared.tiles))
             _, restored = self._network.run(prepared.tiles, again)
             assert restored is not None
-        return Seen(defocus, self._to_signal(restored, prepared))
+        return Prediction(defocus, self._to_signal(restored, prepared))
 
     def probabilities(self, prepared: NetworkView) -> Image:
         """Return how likely every label of the card is, in its order.

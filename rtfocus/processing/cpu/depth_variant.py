@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.sections import RestorationConfig
-from rtfocus.processing.cpu.classifier import Seen
+from rtfocus.processing.cpu.classifier import Prediction
 from rtfocus.processing.cpu.network_restorer import FrameRestorer
 from rtfocus.processing.montage import Montage, paired_planes
 from rtfocus.processing.restore import (
@@ -51,7 +51,7 @@ Planes = Sequence[tuple[Image, Image]]
 class LevelRestorer(FrameRestorer):
     """A restorer that needs nothing but the level of every tile."""
 
-    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
+    def restore_frame(self, signal: Image, seen: Prediction | None, out: Image) -> None:
         """Restore a frame by what the classifier saw, see `FrameRestorer`."""
         assert seen is not None
         self.restore(signal, seen.defocus.level, out)

@@ -17,7 +17,7 @@ from rtfocus.frame import DefocusMap, SeriesStart, TileGrid
 from rtfocus.processing.camera import Marks, write_counts
 from rtfocus.processing.channel_plan import ChannelPlan, restored_dtype
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.cpu.classifier import FrameClassifier, NetworkView, Seen
+from rtfocus.processing.cpu.classifier import FrameClassifier, NetworkView, Prediction
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, LevelRestorer
 from rtfocus.processing.cpu.network_restorer import (
     FrameRestorer,
@@ -176,7 +176,7 @@ class _SlotBuffers:
     """What a frame with negative values was lifted by."""
     view: NetworkView | None = None
     """What the classifier is to see; None: it has seen it, or there is none."""
-    seen: Seen | None = None
+    seen: Prediction | None = None
     """What the classifier saw; None: none yet, or there is none."""
 
 

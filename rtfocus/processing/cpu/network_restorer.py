@@ -19,7 +19,7 @@ from rtfocus.engines.spec_steps import Values
 from rtfocus.errors import EngineError
 from rtfocus.optics.normalisation import normalised
 from rtfocus.processing.classify import Conditions, invertible_normalisation
-from rtfocus.processing.cpu.classifier import FrameClassifier, Seen
+from rtfocus.processing.cpu.classifier import FrameClassifier, Prediction
 from rtfocus.processing.montage import FrameTiles, Montage, from_planes, to_planes
 from rtfocus.runtimes.cpu_backends import open_engine, runs_on
 
@@ -132,7 +132,7 @@ class FrameRestorer(ABC):
 
     @abstractmethod
     def restore_frame(
-        self, signal: Image, seen: Seen | None, out: Image
+        self, signal: Image, seen: Prediction | None, out: Image
     ) -> Image | None:
         """Restore a frame; return `FrameResult.expected_error`.
 
@@ -172,7 +172,7 @@ class TileNetworkRestorer(FrameRestorer):
         self._normalisation = invertible_normalisation(card)
         self._tiles = FrameTiles(self._input, montage.shape)
 
-    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
+    def restore_frame(self, signal: Image, seen: Prediction | None, out: Image) -> None:
         """Restore a frame, see `FrameRestorer`."""
         assert seen is not None
         np.copyto(out, signal)
@@ -212,7 +212,7 @@ class WholeImageRestorer(FrameRestorer):
         self._channels = input_of(card).channels
         self._tiles = FrameTiles(input_of(card), shape)
 
-    def restore_frame(self, signal: Image, seen: Seen | None, out: Image) -> None:
+    def restore_frame(self, signal: Image, seen: Prediction | None, out: Image) -> None:
         """Restore a frame, see `FrameRestorer`.
 
         Raises
@@ -260,7 +260,7 @@ class JointRestorer(FrameRestorer):
         self._turn = threading.Lock()
 
     def restore_frame(
-        self, signal: Image, seen: Seen | None, out: Image
+        self, signal: Image, seen: Prediction | None, out: Image
     ) -> Image | None:
         """Restore a frame, see `FrameRestorer`."""
         assert seen is not None

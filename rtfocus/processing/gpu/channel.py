@@ -32,8 +32,8 @@ from rtfocus.processing.gpu.depth_variant import (
     DepthVariantRestorer,
     FrameRestorer,
     InFlight,
-    Part,
     PatchRestorer,
+    Piece,
 )
 from rtfocus.processing.gpu.network_restorer import (
     JointRestorer,
@@ -317,11 +317,11 @@ class ChannelSlot:
             self._classify,
             lambda work: self._off or self._why_not_classify(work),
         )
-        self._parts: dict[Part, Replayed] = {}
+        self._pieces: dict[Piece, Replayed] = {}
 
     def close(self) -> None:
         """Free contexts and recordings."""
-        for replayed in (self.classify, *self._parts.values()):
+        for replayed in (self.classify, *self._pieces.values()):
             replayed.close()
         if self._seen is not None:
             self._seen.network.close()
@@ -335,7 +335,7 @@ class ChannelSlot:
     def restore(self, work: Work, labels: NDArray[np.int16] | None) -> None:
         """Enqueue the restoration of the levels that tiles have; None: of all.
 
-        Every part is recorded by itself, so that those a frame does not need are
+        Every piece is recorded by itself, so that those a frame does not need are
         left out.
         """
         slot, channel = self._buffers, self.channel
@@ -349,21 +349,23 @@ class ChannelSlot:
         if in_focus:
             restorer.in_focus(work, frame)
         else:
-            for part in restorer.parts(labels):
-                if restorer.recurs(part):
-                    self._part(restorer, frame, part)(work)
+            for piece in restorer.pieces(labels):
+                if restorer.recurs(piece):
+                    self._piece(restorer, frame, piece)(work)
                 else:
-                    restorer.enqueue(work, frame, part)
+                    restorer.enqueue(work, frame, piece)
         flags = slot.maps["flags"]
         channel.correction.to_counts(work, slot.restored, slot.counts, flags)
 
-    def _part(self, restorer: FrameRestorer, frame: InFlight, part: Part) -> Replayed:
-        """Return a part of the restoration, recorded at its second run."""
-        found = self._parts.get(part)
+    def _piece(
+        self, restorer: FrameRestorer, frame: InFlight, piece: Piece
+    ) -> Replayed:
+        """Return a piece of the restoration, recorded at its second run."""
+        found = self._pieces.get(piece)
         if found is None:
-            found = self._parts[part] = Replayed(
-                f"restoration of channel '{self.channel.plan.name}' {part}",
-                lambda work: restorer.enqueue(work, frame, part),
+            found = self._pieces[piece] = Replayed(
+                f"restoration of channel '{self.channel.plan.name}' {piece}",
+                lambda work: restorer.enqueue(work, frame, piece),
                 lambda work: self._off or restorer.why_not_capturable(work),
             )
         return found

@@ -42,7 +42,7 @@ class InFlight:
     """Result, float32, shape of the signal."""
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """A piece of a restoration that is enqueued, or left out, as a whole.
 
     Of restorers that take a frame in one piece nothing is said.
@@ -63,7 +63,7 @@ class Part(NamedTuple):
 class FrameRestorer(ABC):
     """Restores the frames of one channel, one after the other on one stream.
 
-    Unless it says otherwise: all of a frame in one part, which is recorded. Networks
+    Unless it says otherwise: all of a frame in one piece, which is recorded. Networks
     and transforms that it uses are closed by who opened them.
     """
 
@@ -71,7 +71,7 @@ class FrameRestorer(ABC):
     adds = False
     """Whether it adds to a copy of the signal; else it writes all of the frame."""
 
-    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
+    def pieces(self, labels: NDArray[np.int16] | None) -> list[Piece]:
         """Return what is enqueued for a frame, in order.
 
         Parameters
@@ -80,10 +80,10 @@ class FrameRestorer(ABC):
             Level per tile, axes (tile_y, tile_x), at least one out of focus; None:
             everything that can be recorded.
         """
-        return [Part()]
+        return [Piece()]
 
-    def recurs(self, part: Part) -> bool:
-        """Return whether other frames will ask for a part: only then it is recorded."""
+    def recurs(self, piece: Piece) -> bool:
+        """Return whether other frames will ask for it: only then it is recorded."""
         return self.recorded
 
     def why_not_capturable(self, work: Work) -> str | None:
@@ -91,8 +91,8 @@ class FrameRestorer(ABC):
         return None
 
     @abstractmethod
-    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
-        """Enqueue a part of the restoration of a frame."""
+    def enqueue(self, work: Work, frame: InFlight, piece: Piece) -> None:
+        """Enqueue a piece of the restoration of a frame."""
 
     def in_focus(self, work: Work, frame: InFlight) -> None:  # noqa: B027
         """Enqueue what is said of a frame that stays as it is; nothing."""
@@ -127,26 +127,26 @@ class Blending:
         )
 
     def level(
-        self, work: Work, frame: InFlight, part: Part, restored: DeviceArray
+        self, work: Work, frame: InFlight, piece: Piece, restored: DeviceArray
     ) -> None:
         """Enqueue ``out += weight * (restored - signal)``, negative values as 0.
 
-        `restored` is the rectangle of a part, with any margin behind it.
+        `restored` is the rectangle of a piece, with any margin behind it.
         """
-        *_, height, width = part.rectangle
+        *_, height, width = piece.rectangle
         work.launch(
             "blend_level",
             height * width,
             frame.signal,
             self._shape.width,
             self._shape.channels,
-            part.plane,
-            *part.rectangle,
+            piece.plane,
+            *piece.rectangle,
             restored,
             restored.shape[1],
             frame.maps["level"],
             self._tile_columns,
-            part.level,
+            piece.level,
             *self.tables,
             frame.out,
         )
@@ -175,7 +175,7 @@ class DepthVariantRestorer(FrameRestorer):
         self._padded = memory.allocate(shape, np.float32, "the padded frame")
         self._restored = memory.allocate(shape, np.float32, "the padded frame")
 
-    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
+    def pieces(self, labels: NDArray[np.int16] | None) -> list[Piece]:
         """Return each rectangle that is looked at, then restored by its levels.
 
         As on the CPU a level is restored over the smallest rectangle that holds its
@@ -190,32 +190,32 @@ class DepthVariantRestorer(FrameRestorer):
             for level, region in regions.items()
         }
         return [
-            Part(plane, level, region.rectangle, shape)
+            Piece(plane, level, region.rectangle, shape)
             for plane in range(self._frame.channels)
             for region, shape, levels in together(regions, shapes)
             for level in (0, *levels)
         ]
 
-    def recurs(self, part: Part) -> bool:
+    def recurs(self, piece: Piece) -> bool:
         """Return whether it is of a whole frame; other rectangles hardly come back."""
-        return part.rectangle == self._montage.whole.rectangle
+        return piece.rectangle == self._montage.whole.rectangle
 
-    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
-        """Enqueue a part of the restoration of a frame."""
-        padded = self._padded.shaped(part.padded)
-        if part.level:
-            restored = self._restored.shaped(part.padded)
-            self._deconvolution.restore(work, part.level, padded, restored)
-            self._blending.level(work, frame, part, restored)
+    def enqueue(self, work: Work, frame: InFlight, piece: Piece) -> None:
+        """Enqueue a piece of the restoration of a frame."""
+        padded = self._padded.shaped(piece.padded)
+        if piece.level:
+            restored = self._restored.shaped(piece.padded)
+            self._deconvolution.restore(work, piece.level, padded, restored)
+            self._blending.level(work, frame, piece, restored)
             return
         work.launch(
             "surround",
             padded.count,
             frame.signal,
             *self._frame.sides,
-            part.plane,
-            *part.rectangle,
-            *part.padded,
+            piece.plane,
+            *piece.rectangle,
+            *piece.padded,
             int(self._deconvolution.positive),
             padded,
         )
@@ -271,7 +271,7 @@ class PatchRestorer(FrameRestorer):
         self._spectrum = transfers.spectrum(images)
         self._light = Light(memory)
 
-    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
+    def pieces(self, labels: NDArray[np.int16] | None) -> list[Piece]:
         """Return every level with the number of its tiles, plane by plane."""
         if labels is None:
             counts = {next(iter(self._transfers.psfs)): 1}
@@ -280,13 +280,13 @@ class PatchRestorer(FrameRestorer):
             present = self._montage.present(labels)
             counts = {level: int((own == level).sum()) for level in present}
         return [
-            Part(plane, level, tiles=count)
+            Piece(plane, level, tiles=count)
             for level, count in counts.items()
             for plane in range(self._frame.channels)
         ]
 
-    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
-        """Enqueue a part of the restoration of a frame."""
+    def enqueue(self, work: Work, frame: InFlight, piece: Piece) -> None:
+        """Enqueue a piece of the restoration of a frame."""
         grid = self._montage.grid
         work.launch(
             "tiles_of_level",
@@ -295,25 +295,25 @@ class PatchRestorer(FrameRestorer):
             grid.rows,
             grid.columns,
             self._montage.step,
-            part.level,
+            piece.level,
             self._found,
             self._rank,
         )
-        for first in range(0, part.tiles, self._batch):
-            self._restore(work, frame, part, first)
+        for first in range(0, piece.tiles, self._batch):
+            self._restore(work, frame, piece, first)
 
-    def _restore(self, work: Work, frame: InFlight, part: Part, first: int) -> None:
+    def _restore(self, work: Work, frame: InFlight, piece: Piece, first: int) -> None:
         """Enqueue a batch of tiles of one level."""
         pixels = self._shape[0] * self._shape[1]
         columns = self._montage.grid.columns
         one = self._blurred.shaped(self._shape)
-        transfer = self._transfers.enqueue(work, part.level, one)
+        transfer = self._transfers.enqueue(work, piece.level, one)
         work.launch(
             "cut_patches",
             pixels,
             frame.signal,
             *self._frame.sides,
-            part.plane,
+            piece.plane,
             self._found,
             first,
             columns,
@@ -339,7 +339,7 @@ class PatchRestorer(FrameRestorer):
             self._frame.height * self._frame.width,
             frame.signal,
             *self._frame.sides,
-            part.plane,
+            piece.plane,
             self._estimate,
             self._rank,
             first,

@@ -29,7 +29,7 @@ from rtfocus.processing.gpu.depth_variant import (
     Blending,
     FrameRestorer,
     InFlight,
-    Part,
+    Piece,
 )
 from rtfocus.processing.gpu.preparation import Percentiles, TileConditions, Tiles
 from rtfocus.processing.gpu.work import (
@@ -84,7 +84,7 @@ class JointRestorer(FrameRestorer):
         own = self._own
         return None if own is None else own.network.why_not_capturable(work)
 
-    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
+    def enqueue(self, work: Work, frame: InFlight, piece: Piece) -> None:
         """Enqueue the blending of what the network restored."""
         maps, out = frame.maps, frame.out
         if self._own is None:
@@ -255,7 +255,7 @@ class TileNetworkRestorer(FrameRestorer):
             batches=ceil(self._tiles.count / batch),
         )
 
-    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
+    def enqueue(self, work: Work, frame: InFlight, piece: Piece) -> None:
         """Enqueue the restoration of a frame, colours one after the other."""
         for colour in self._colours:
             self._restore(work, frame, colour)
@@ -339,22 +339,22 @@ class LearnedWienerRestorer(FrameRestorer):
             (frame.height, frame.width), np.float32, "a rectangle"
         )
 
-    def parts(self, labels: NDArray[np.int16] | None) -> list[Part]:
+    def pieces(self, labels: NDArray[np.int16] | None) -> list[Piece]:
         """Return every level with its rectangle, plane by plane."""
         if labels is None:
             regions = {next(iter(self._transfers.psfs)): self._montage.whole}
         else:
             regions = self._montage.regions(labels)
         return [
-            Part(plane, level, region.rectangle)
+            Piece(plane, level, region.rectangle)
             for level, region in regions.items()
             for plane in range(self._frame.channels)
         ]
 
-    def enqueue(self, work: Work, frame: InFlight, part: Part) -> None:
-        """Enqueue a part of the restoration of a frame."""
-        *_, height, width = part.rectangle
-        colour = self._frame.images(1)[part.plane]
+    def enqueue(self, work: Work, frame: InFlight, piece: Piece) -> None:
+        """Enqueue a piece of the restoration of a frame."""
+        *_, height, width = piece.rectangle
+        colour = self._frame.images(1)[piece.plane]
         self._percentiles.enqueue(work, frame.signal, self._range, colour)
         # A tile every half of what it keeps.
         rows, columns = (
@@ -363,26 +363,26 @@ class LearnedWienerRestorer(FrameRestorer):
         joined = self._joined.shaped((height, width))
         work.zero(joined)
         for first in range(0, rows * columns, self._batch):
-            self._restore(work, frame, part, (rows, columns), first)
-        self._blending.level(work, frame, part, joined)
+            self._restore(work, frame, piece, (rows, columns), first)
+        self._blending.level(work, frame, piece, joined)
 
     def _restore(
         self,
         work: Work,
         frame: InFlight,
-        part: Part,
+        piece: Piece,
         lattice: tuple[int, int],
         first: int,
     ) -> None:
         """Enqueue a batch of the rows and columns of tiles -> what they join to."""
-        top, left, *shape = part.rectangle
+        top, left, *shape = piece.rectangle
         side, batch, stride = self._side, self._batch, self._stride
         work.launch(
             "cut_lattice",
             side**2,
             frame.signal,
             *self._frame.sides,
-            part.plane,
+            piece.plane,
             top,
             left,
             stride,
@@ -395,7 +395,7 @@ class LearnedWienerRestorer(FrameRestorer):
             self._seen,
             rows=batch,
         )
-        self._filter(work, part.level)
+        self._filter(work, piece.level)
         work.launch(
             "join_lattice",
             shape[0] * shape[1],
