@@ -27,7 +27,7 @@ from rtfocus.autofocus.devices import (
     stopped_live,
 )
 from rtfocus.autofocus.hold import Key
-from rtfocus.autofocus.planes import Plane, PlaneComparison
+from rtfocus.autofocus.planes import PlaneComparison, ZPlane
 from rtfocus.autofocus.plans import (
     direction_of,
     is_calibrated,
@@ -208,7 +208,7 @@ class Focuser:
         way_um: NDArray[np.float64],
         run_up_um: float,
         show: Callable[[float], None],
-    ) -> list[Plane]:
+    ) -> list[ZPlane]:
         """Take a stack one way, from where backlash is used up before its first plane.
 
         Parameters
@@ -224,10 +224,10 @@ class Focuser:
         limits = self.limits_around(None)
         heights = [float(z_um) for z_um in way_um if limits.holds(float(z_um))]
         stage.go_to(limits.clip(float(way_um[0]) - run_up_um))
-        planes: list[Plane] = []
+        planes: list[ZPlane] = []
         for z_um in heights:
             stage.go_to(z_um)
-            planes.append(Plane(z_um, self.look(channel, z_um)))
+            planes.append(ZPlane(z_um, self.look(channel, z_um)))
             show(len(planes) / len(heights))
         return planes
 

@@ -287,7 +287,7 @@ FEWEST_PLANES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Plane:
+class ZPlane:
     """One image of a calibration stack."""
 
     z_um: float
@@ -336,8 +336,8 @@ class FocusCalibration:
 
 def calibrate_focus(
     comparison: PlaneComparison,
-    up: Sequence[Plane],
-    down: Sequence[Plane],
+    up: Sequence[ZPlane],
+    down: Sequence[ZPlane],
     *,
     channel: str,
     direction_of_core: int,
@@ -409,7 +409,7 @@ def calibrate_focus(
     )
 
 
-def _fitted(comparison: PlaneComparison, planes: Sequence[Plane]) -> PlaneFit:
+def _fitted(comparison: PlaneComparison, planes: Sequence[ZPlane]) -> PlaneFit:
     # Far planes say little and show the specimen's thickness.
     sharpest = _sharpest_um(planes)
     near = [p for p in planes if abs(p.z_um - sharpest) < 3 * comparison.unit_um]
@@ -426,7 +426,7 @@ def _told_direction(by_direction: dict[int, float]) -> int:
     return better if clear else 0
 
 
-def _sharpest_um(planes: Sequence[Plane]) -> float:
+def _sharpest_um(planes: Sequence[ZPlane]) -> float:
     """Return the top of the parabola through the sharpest plane's neighbours."""
     ordered = sorted(planes, key=lambda plane: plane.z_um)
     values = np.array([plane.sharpness for plane in ordered])
@@ -438,7 +438,7 @@ def _sharpest_um(planes: Sequence[Plane]) -> float:
     return float(z[1] - curve[1] / (2 * curve[0])) if curve[0] < 0 else float(z[1])
 
 
-def _levels(planes: Sequence[Plane], focus_um: float) -> tuple[float, float, float]:
+def _levels(planes: Sequence[ZPlane], focus_um: float) -> tuple[float, float, float]:
     """Return offset, scale and range of the engine's reading."""
     readings = ((plane.z_um, plane.reading.defocus_um) for plane in planes)
     pairs = [(abs(z - focus_um), abs(um)) for z, um in readings if um is not None]

@@ -58,7 +58,7 @@ U = TypeVar("U", bound=Keyed)
 R = TypeVar("R")
 
 
-class Answer(NamedTuple):
+class UnitAnswer(NamedTuple):
     """What became of a unit on a worker."""
 
     worker: str
@@ -218,7 +218,7 @@ class _Run(Generic[U, R]):
             error = future.exception()
             self._on_unit(unit, Failure("other", _of_dead(error)))
             return True
-        answer: Answer = future.result()
+        answer: UnitAnswer = future.result()
         result = answer.result
         if isinstance(result, Failure) and result.fault == "engine":
             suited = self._workers.suited
@@ -370,7 +370,7 @@ def _minor(python: str) -> str:
 
 def _on_worker(
     do: Callable[[Any, int | None], Any], unit: Keyed, threads: int | None
-) -> Answer:
+) -> UnitAnswer:
     from distributed import get_worker
 
     worker = get_worker()
@@ -379,7 +379,7 @@ def _on_worker(
         result = do(unit, threads or worker.state.nthreads)
     except (RtfocusError, OSError, MemoryError) as error:
         result = failure_of(error)
-    return Answer(worker.address, result)
+    return UnitAnswer(worker.address, result)
 
 
 def _of_dead(error: BaseException) -> str:

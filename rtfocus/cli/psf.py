@@ -19,8 +19,8 @@ from rich.console import Console
 from rtfocus.autofocus.planes import (
     FEWEST_PLANES,
     FocusCalibration,
-    Plane,
     PlaneComparison,
+    ZPlane,
     calibrate_focus,
 )
 from rtfocus.autofocus.plans import load_calibration, save_calibration
@@ -379,7 +379,7 @@ def calibrate(
 
 def _through_focus(
     config: Config, depths: np.ndarray
-) -> tuple[FocusCalibration, list[Plane]]:
+) -> tuple[FocusCalibration, list[ZPlane]]:
     """Take planes at depths of field about focus; return what they say and those up."""
     # The microscope is loaded for this command alone.
     from rtfocus.autofocus.devices import CoreStage
@@ -441,7 +441,7 @@ def _planes_asked(reach: float, step: float) -> np.ndarray:
     return planes
 
 
-def _draw(path: Path, found: FocusCalibration, planes: Sequence[Plane]) -> None:
+def _draw(path: Path, found: FocusCalibration, planes: Sequence[ZPlane]) -> None:
     """Draw sharpness and the engine's reading over z."""
     z_um = np.array([plane.z_um for plane in planes]) - found.focus_um
     sharp = np.array([plane.sharpness for plane in planes])

@@ -32,7 +32,7 @@ from rtfocus.evaluation.evaluate import ScoreSheet, evaluate, standing
 from rtfocus.evaluation.own_fields import OwnField, OwnFields, Side, choose_fields
 from rtfocus.evaluation.samples import DataSet, own_set
 from rtfocus.evaluation.scorecard import markdown, save_side_by_side, table
-from rtfocus.evaluation.scores import Advice, Standing, judge
+from rtfocus.evaluation.scores import EngineAdvice, Standing, judge
 from rtfocus.files import remove, whole
 from rtfocus.images.optics import StatedOptics, in_short, stated_optics
 from rtfocus.images.outputs import OutputGuard
@@ -84,7 +84,7 @@ class OwnWish:
 
 def train_own(
     wish: OwnWish, *, say: Callable[[str], None] = lambda _: None
-) -> tuple[Path, Advice]:
+) -> tuple[Path, EngineAdvice]:
     """Make an engine of a laboratory's images and compare it with the shipped ones.
 
     Parameters
@@ -339,7 +339,7 @@ def _describe(
     fields: OwnFields,
     sheets: Sequence[ScoreSheet],
     standings: Sequence[Standing],
-    advice: Advice,
+    advice: EngineAdvice,
     start: str,
 ) -> None:
     """Write picture and README of an engine, and the figures into its card.
@@ -408,9 +408,9 @@ def _standings_table(standings: Sequence[Standing]) -> list[str]:
     return table(columns, rows)
 
 
-def _advice_of(engine: Path) -> Advice:
+def _advice_of(engine: Path) -> EngineAdvice:
     figures = read_card(engine).figures
-    return Advice(str(figures.get("use")), str(figures.get("verdict")))
+    return EngineAdvice(str(figures.get("use")), str(figures.get("verdict")))
 
 
 def _admit(engine: Path) -> None:

@@ -403,7 +403,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class EngineAdvice:
     """Which engine to use."""
 
     use: str
@@ -411,7 +411,7 @@ class Advice:
     """In one line, with the reason."""
 
 
-def judge(own: Standing, shipped: Sequence[Standing]) -> Advice:
+def judge(own: Standing, shipped: Sequence[Standing]) -> EngineAdvice:
     """Say which engine to use: one's own only where it is better and spoils nothing.
 
     Parameters
@@ -441,8 +441,8 @@ def judge(own: Standing, shipped: Sequence[Standing]) -> Advice:
         )
     if against:
         said = f"use the shipped '{best.name}': {best.gain_db:+.2f} dB; "
-        return Advice(best.name, said + ", ".join(against))
+        return EngineAdvice(best.name, said + ", ".join(against))
     said = (
         f"use '{own.name}': {own.gain_db:+.2f} dB on held-out fields, the best shipped"
     )
-    return Advice(own.name, f"{said} one '{best.name}' {best.gain_db:+.2f} dB")
+    return EngineAdvice(own.name, f"{said} one '{best.name}' {best.gain_db:+.2f} dB")

@@ -36,7 +36,7 @@ _MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Plane:
+class RecordedPlane:
     """One plane of a recording and its place in the series."""
 
     image: ImageSeries
@@ -129,18 +129,18 @@ class Recording:
     def __len__(self) -> int:
         return self.repeats * sum(len(image) for image in self.images)
 
-    def __iter__(self) -> Iterator[Plane]:
+    def __iter__(self) -> Iterator[RecordedPlane]:
         """Yield all planes in the order of `sizes`."""
         for repeat in range(self.repeats):
             yield from self._film(repeat) if self.is_film else self._stacks(repeat)
 
-    def _film(self, repeat: int) -> Iterator[Plane]:
+    def _film(self, repeat: int) -> Iterator[RecordedPlane]:
         for number, image in enumerate(self.images):
             t, (c, *_) = repeat * len(self.images) + number, self._channels[number]
             index = {"t": t, "p": 0, "c": c, "z": 0}
-            yield Plane(image, {"t": 0, "c": 0, "z": 0}, index)
+            yield RecordedPlane(image, {"t": 0, "c": 0, "z": 0}, index)
 
-    def _stacks(self, repeat: int) -> Iterator[Plane]:
+    def _stacks(self, repeat: int) -> Iterator[RecordedPlane]:
         longest = max(image.sizes["t"] for image in self.images)
         for t in range(longest):
             for p, image in enumerate(self.images):
@@ -149,7 +149,7 @@ class Recording:
                 for own, z in product(*(range(image.sizes[axis]) for axis in "cz")):
                     c = self._channels[p][own]
                     place = {"t": repeat * longest + t, "p": p, "c": c, "z": z}
-                    yield Plane(image, {"t": t, "c": own, "z": z}, place)
+                    yield RecordedPlane(image, {"t": t, "c": own, "z": z}, place)
 
 
 def _is_film(images: Sequence[ImageSeries]) -> bool:
@@ -316,7 +316,7 @@ class Replay:
         more = len(self._unreadable) - 1
         return self._unreadable[0] + (f" (and {more} more)" if more else "")
 
-    def _file(self, plane: Plane) -> str:
+    def _file(self, plane: RecordedPlane) -> str:
         """Return a plane's file as a path below what is replayed."""
         path, root = plane.image.path, self._replay.path
         if path != root and path.is_relative_to(root):

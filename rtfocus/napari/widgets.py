@@ -39,7 +39,7 @@ _SHOW_MS = 40
 """25 pictures a second are a film."""
 
 
-class Viewer(Protocol):
+class NapariViewer(Protocol):
     """What is used of a napari viewer."""
 
     layers: Any
@@ -60,7 +60,7 @@ class FollowWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no ty
     """
 
     # napari knows the argument by its name.
-    def __init__(self, napari_viewer: Viewer) -> None:
+    def __init__(self, napari_viewer: NapariViewer) -> None:
         super().__init__()
         self._viewer = napari_viewer
         self.receiver: Receiver | None = None
@@ -220,7 +220,7 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
     """
 
     # napari knows the argument by its name.
-    def __init__(self, napari_viewer: Viewer) -> None:
+    def __init__(self, napari_viewer: NapariViewer) -> None:
         super().__init__()
         self._viewer = napari_viewer
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="napari restore")

@@ -30,20 +30,20 @@ _WITHOUT_AXES = ("scale_linear", "fixed_zero_mean_unit_variance")
 _LONGEST_NAME = 60
 
 
-class _Section(BaseModel):
+class _Described(BaseModel):
     """What of a description counts here; the rest of it is for others."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class File(_Section):
+class File(_Described):
     """A file of the package."""
 
     source: str
     sha256: str | None = None
 
 
-class Tolerance(_Section):
+class Tolerance(_Described):
     """How far a value may be from the test tensor's; the spec's own bounds."""
 
     relative_tolerance: Annotated[float, Field(ge=0)] = 1e-3
@@ -53,7 +53,7 @@ class Tolerance(_Section):
     weights_formats: list[str] = []
 
 
-class Side(_Section):
+class Side(_Described):
     """Lengths an axis may have: ``min + n * step``; step 0: only the one."""
 
     min: Annotated[int, Field(gt=0)]
@@ -97,13 +97,13 @@ class Model:
     """Who made it, under which licence; for people."""
 
 
-class _Reference(_Section):
+class _Reference(_Described):
     tensor_id: str
     axis_id: str
     offset: int = 0
 
 
-class _Axis(_Section):
+class _Axis(_Described):
     type: str
     id: str = ""
     size: int | Side | _Reference | None = None
@@ -122,12 +122,12 @@ class _Axis(_Section):
         return letter
 
 
-class _Data(_Section):
+class _Data(_Described):
     type: str = "float32"
     range: tuple[float | None, float | None] = (None, None)
 
 
-class _Tensor05(_Section):
+class _Tensor05(_Described):
     id: str = ""
     axes: Annotated[list[_Axis], Field(min_length=1)]
     data: _Data | Annotated[list[_Data], Field(min_length=1)] = _Data()
@@ -136,12 +136,12 @@ class _Tensor05(_Section):
     postprocessing: list[dict[str, Any]] = []
 
 
-class _Shape(_Section):
+class _Shape(_Described):
     min: list[int] = []
     step: list[int] = []
 
 
-class _Tensor04(_Section):
+class _Tensor04(_Described):
     name: str
     axes: str
     data_type: str = "float32"
@@ -157,7 +157,7 @@ class _Weights(File):
     external_data: File | None = None
 
 
-class _Rdf(_Section):
+class _Rdf(_Described):
     type: str
     format_version: str | float
     name: str

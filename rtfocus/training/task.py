@@ -47,7 +47,7 @@ class Graph:
     """How many of the first and the last convolutions int8 leaves in float."""
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Makes batches by number."""
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
@@ -74,12 +74,12 @@ class Task(ABC, Generic[R]):
         self.recipe = recipe
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> BatchSource:
         """What makes batches; made when first needed, for an export needs no images."""
         return self.make_source()
 
     @abstractmethod
-    def make_source(self) -> Source:
+    def make_source(self) -> BatchSource:
         """Read the images that batches are made of."""
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
@@ -244,7 +244,7 @@ def _laid_out_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
 class PairTask(Task[P]):
     """A task on blurred and sharp patches."""
 
-    def make_source(self) -> Source:
+    def make_source(self) -> BatchSource:
         """Read the sharp images and the real pairs of the recipe."""
         return PairBatches(self.recipe)
 

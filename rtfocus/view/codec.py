@@ -32,7 +32,7 @@ UNKNOWN = 0xFFFFFFFF
 """Number of saturated pixels that nobody counted."""
 
 
-class Kind(IntEnum):
+class PlaneKind(IntEnum):
     """What a plane shows."""
 
     RAW = 0
@@ -44,9 +44,9 @@ class Kind(IntEnum):
 
 
 MAPS = {
-    "defocus": Kind.DEFOCUS,
-    "deviation": Kind.DEVIATION,
-    "expected_error": Kind.EXPECTED_ERROR,
+    "defocus": PlaneKind.DEFOCUS,
+    "deviation": PlaneKind.DEVIATION,
+    "expected_error": PlaneKind.EXPECTED_ERROR,
 }
 """Planes of a value per tile, by their names in a run: um, um and counts."""
 
@@ -73,10 +73,10 @@ class Packing(IntEnum):
 
 
 @dataclass(frozen=True)
-class Plane:
+class PicturePlane:
     """One plane of a picture."""
 
-    kind: Kind
+    kind: PlaneKind
     pixels: NDArray[np.generic]
     """Shape (y, x) or (y, x, 3)."""
     x0: float = 0.0
@@ -92,7 +92,7 @@ class Plane:
 class Picture:
     """What a viewer shows at once."""
 
-    planes: tuple[Plane, ...]
+    planes: tuple[PicturePlane, ...]
     shape: tuple[int, int]
     """Height and width of the whole frame."""
     index: dict[str, int]
@@ -108,11 +108,13 @@ class Picture:
     flags: Flag = Flag.NOTHING
 
 
-def map_plane(kind: Kind, values: NDArray[np.generic], grid: TileGrid) -> Plane:
+def map_plane(
+    kind: PlaneKind, values: NDArray[np.generic], grid: TileGrid
+) -> PicturePlane:
     """Return a map where its tiles lie in the frame."""
     corner = grid.origin_px + 0.5 - grid.stride_px / 2
-    signed = grid.signed and kind is Kind.DEFOCUS
-    return Plane(kind, values, corner, corner, grid.stride_px, signed)
+    signed = grid.signed and kind is PlaneKind.DEFOCUS
+    return PicturePlane(kind, values, corner, corner, grid.stride_px, signed)
 
 
 def live_picture(preview: Preview, started_ns: int) -> Picture:
@@ -128,15 +130,17 @@ def live_picture(preview: Preview, started_ns: int) -> Picture:
     header = preview.header
     frame = header.frame
     assert frame is not None
-    planes = [Plane(Kind.RAW, preview.pixels, step=header.reduced)]
+    planes = [PicturePlane(PlaneKind.RAW, preview.pixels, step=header.reduced)]
     for plane in header.planes:
         pixels = preview.planes.get(plane.name)
         if pixels is None:
             continue
         if plane.name == "restored":
-            planes.append(Plane(Kind.RESTORED, pixels, step=header.reduced))
+            planes.append(PicturePlane(PlaneKind.RESTORED, pixels, step=header.reduced))
         elif plane.name == "saturation":
-            planes.append(Plane(Kind.SATURATION, pixels, step=plane.block_px))
+            planes.append(
+                PicturePlane(PlaneKind.SATURATION, pixels, step=plane.block_px)
+            )
         elif plane.name in MAPS and header.grid is not None:
             planes.append(map_plane(MAPS[plane.name], pixels, header.grid))
     estimate = header.estimate
@@ -192,7 +196,7 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _packed(plane: Plane) -> tuple[bytes, bytes]:
+def _packed(plane: PicturePlane) -> tuple[bytes, bytes]:
     values, scale, offset = _sixteen_bits(plane)
     data, packing = _squeezed(values)
     height, width, *samples = plane.pixels.shape
@@ -207,13 +211,13 @@ def _packed(plane: Plane) -> tuple[bytes, bytes]:
 _DTYPES = {"<u2": 0, "<f4": 1, "|u1": 2}
 
 
-def _sixteen_bits(plane: Plane) -> tuple[NDArray[np.generic], float, float]:
+def _sixteen_bits(plane: PicturePlane) -> tuple[NDArray[np.generic], float, float]:
     """Return values that travel, and what they mean: value = offset + scale * v."""
     pixels = plane.pixels
     if plane.kind in MAPS.values():
         return pixels.astype("<f4", copy=False), 1.0, 0.0
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
-        kept = "|u1" if plane.kind is Kind.SATURATION else "<u2"
+        kept = "|u1" if plane.kind is PlaneKind.SATURATION else "<u2"
         return pixels.astype(kept, copy=False), 1.0, 0.0
     known = pixels.astype(np.float32)
     finite = known[np.isfinite(known)]

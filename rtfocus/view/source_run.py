@@ -32,7 +32,7 @@ from rtfocus.transport.viewer import (
     VerdictLine,
     focus_line,
 )
-from rtfocus.view.codec import MAPS, Flag, Kind, Picture, Plane, map_plane
+from rtfocus.view.codec import MAPS, Flag, Picture, PicturePlane, PlaneKind, map_plane
 from rtfocus.writers.header import JOURNAL_NAME
 from rtfocus.writers.journal import IN_ERROR, MISSING, WRITTEN, Line
 
@@ -132,9 +132,9 @@ def place_of(index: Mapping[str, int]) -> Place:
 SIDE_PX = 1024
 """Pictures are reduced to at most this side; a region is then asked for by itself."""
 _READ_BYTES = 4 << 20
-_IMAGES: tuple[tuple[ImageName, Kind], ...] = (
-    ("raw", Kind.RAW),
-    ("restored", Kind.RESTORED),
+_IMAGES: tuple[tuple[ImageName, PlaneKind], ...] = (
+    ("raw", PlaneKind.RAW),
+    ("restored", PlaneKind.RESTORED),
 )
 
 
@@ -350,24 +350,24 @@ class StoredRun:
                 msg = f"the run has no {axis} {index}; it has {size}"
                 raise InputError(msg)
 
-    def _whole(self, place: Place) -> tuple[tuple[Plane, ...], int | None]:
+    def _whole(self, place: Place) -> tuple[tuple[PicturePlane, ...], int | None]:
         step = -(-max(self.series.shape[:2]) // SIDE_PX)
-        planes: list[Plane] = []
+        planes: list[PicturePlane] = []
         saturated = None
         for name, kind in _IMAGES:
             pixels = self._if_there(name, place)
             if pixels is None:
                 continue
-            planes.append(Plane(kind, pixels[::step, ::step], step=step))
-            if kind is Kind.RAW and np.isfinite(self.saturation_counts):
+            planes.append(PicturePlane(kind, pixels[::step, ::step], step=step))
+            if kind is PlaneKind.RAW and np.isfinite(self.saturation_counts):
                 saturated, blocks, side = saturation_blocks(
                     pixels, self.saturation_counts
                 )
                 if blocks is not None:
-                    planes.append(Plane(Kind.SATURATION, blocks, step=side))
+                    planes.append(PicturePlane(PlaneKind.SATURATION, blocks, step=side))
         return (*planes, *self._maps(place)), saturated
 
-    def _maps(self, place: Place) -> Iterator[Plane]:
+    def _maps(self, place: Place) -> Iterator[PicturePlane]:
         """Yield what is stated of the frame's tiles."""
         if (grid := self.run.header.grid) is None:
             return
@@ -375,7 +375,7 @@ class StoredRun:
             if name in MAPS and (values := self._if_there(name, place)) is not None:
                 yield map_plane(MAPS[name], values, grid)
 
-    def _region(self, place: Place, region: Cutout) -> tuple[Plane, ...]:
+    def _region(self, place: Place, region: Cutout) -> tuple[PicturePlane, ...]:
         height, width = self.series.shape[:2]
         y0, y1 = max(region.y0, 0), min(region.y1, height)
         x0, x1 = max(region.x0, 0), min(region.x1, width)
@@ -386,7 +386,7 @@ class StoredRun:
         for name, kind in _IMAGES:
             pixels = self._if_there(name, place)
             if pixels is not None:
-                planes.append(Plane(kind, pixels[y0:y1, x0:x1], x0, y0))
+                planes.append(PicturePlane(kind, pixels[y0:y1, x0:x1], x0, y0))
         return tuple(planes)
 
     def _if_there(self, name: ImageName, place: Place) -> NDArray[np.generic] | None:

@@ -24,7 +24,7 @@ from rtfocus.frame import Act
 from rtfocus.images.metadata import OutputImage, PlaneFacts
 from rtfocus.images.ome_xml import write_tiff
 from rtfocus.images.series import ImageChannel, ImageSeries
-from rtfocus.view.codec import Kind, numbered
+from rtfocus.view.codec import PlaneKind, numbered
 from rtfocus.view.scene import Packed, Scene
 from rtfocus.view.source_run import Cutout, Place
 
@@ -295,7 +295,7 @@ class Viewer:
         await self._socket.send_text(msgspec.json.encode(message).decode())
 
 
-_KINDS = {"raw": Kind.RAW, "restored": Kind.RESTORED}
+_KINDS = {"raw": PlaneKind.RAW, "restored": PlaneKind.RESTORED}
 
 
 def snapshot(

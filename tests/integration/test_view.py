@@ -39,9 +39,9 @@ from rtfocus.view.codec import (
     MAGIC,
     PLANE,
     UNKNOWN,
-    Kind,
     Picture,
-    Plane,
+    PicturePlane,
+    PlaneKind,
     numbered,
     pack,
 )
@@ -91,8 +91,8 @@ def test_a_picture_arrives_bit_for_bit(dtype: str, shape: tuple[int, ...]) -> No
     levels = np.array([[np.nan, -2.5], [0.0, 7.25]], np.float32)
     picture = Picture(
         planes=(
-            Plane(Kind.RAW, raw, step=2),
-            Plane(Kind.DEFOCUS, levels, 3, 4, 48, signed=True),
+            PicturePlane(PlaneKind.RAW, raw, step=2),
+            PicturePlane(PlaneKind.DEFOCUS, levels, 3, 4, 48, signed=True),
         ),
         shape=(shape[0] * 2, shape[1] * 2),
         index={"t": 7, "p": 1, "c": 2, "z": 3},
@@ -114,7 +114,7 @@ def test_a_picture_arrives_bit_for_bit(dtype: str, shape: tuple[int, ...]) -> No
 def test_floats_travel_to_within_a_65535th_of_their_range() -> None:
     values = np.linspace(-3, 11, 100 * 100, dtype=np.float32).reshape(100, 100)
     _, [(plane, stored)] = unpacked(
-        pack(Picture((Plane(Kind.RESTORED, values),), values.shape, {}))
+        pack(Picture((PicturePlane(PlaneKind.RESTORED, values),), values.shape, {}))
     )
     scale, offset = plane[7:9]
     np.testing.assert_allclose(stored * scale + offset, values, atol=14 / 65535)
@@ -159,8 +159,8 @@ def test_a_run_is_read_place_by_place(scene: Scene, run_folder: Path) -> None:
     picture = stored.picture((3, 0, 0, 0))
     kinds = {plane.kind: plane for plane in picture.planes}
     frame = stored.run.raw[3, 0, 0]
-    np.testing.assert_array_equal(kinds[Kind.RAW].pixels, frame)
-    tiles = kinds[Kind.DEFOCUS]
+    np.testing.assert_array_equal(kinds[PlaneKind.RAW].pixels, frame)
+    tiles = kinds[PlaneKind.DEFOCUS]
     np.testing.assert_array_equal(tiles.pixels, stored.run.defocus[3, 0, 0])
     detail = stored.picture((3, 0, 0, 0), Cutout(10, 20, 50, 80))
     np.testing.assert_array_equal(detail.planes[0].pixels, frame[10:50, 20:80])

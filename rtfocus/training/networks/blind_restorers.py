@@ -32,8 +32,8 @@ from rtfocus.training.layers import double, scales_loss, zeroed
 from rtfocus.training.recipe import Count, PairRecipe, Positive
 from rtfocus.training.scenes import data_folder, load_real_pairs
 from rtfocus.training.task import (
+    BatchSource,
     RestorerTask,
-    Source,
     Tensors,
     gain_db,
 )
@@ -201,7 +201,7 @@ class RrdbTask(RestorerTask[RrdbRecipe]):
         self.multiple_px = recipe.rrdb.phases
         self.network = RrdbNet(**recipe.rrdb.model_dump())
 
-    def make_source(self) -> Source:
+    def make_source(self) -> BatchSource:
         """Read the sharp images, and make or estimate the kernels that blur them."""
         recipe, settings = self.recipe, self.recipe.kernels
         if settings.family == "pupil":

@@ -41,8 +41,8 @@ from rtfocus.training.level_tiles import (
 from rtfocus.training.recipe import Fraction
 from rtfocus.training.scenes import load_fields
 from rtfocus.training.task import (
+    BatchSource,
     Graph,
-    Source,
     Task,
     Tensors,
     background_rule,
@@ -277,7 +277,7 @@ class LevelTask(Task[L]):
     labels: tuple[int | str, ...] = LABELS
     """Of the network's outputs, background last where it has one."""
 
-    def make_source(self) -> Source:
+    def make_source(self) -> BatchSource:
         """Read the sharp images of the recipe."""
         fields = load_fields(self.recipe)
         blurring = Blurring(self.recipe, fields, validation=False)

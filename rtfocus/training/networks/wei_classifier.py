@@ -47,8 +47,8 @@ from rtfocus.training.scenes import (
     load_fields,
 )
 from rtfocus.training.task import (
+    BatchSource,
     Graph,
-    Source,
     Task,
     Tensors,
     background_rule,
@@ -370,7 +370,7 @@ class WeiClassifierTask(Task[WeiClassifierRecipe]):
             batch_norm=recipe.wei.batch_norm,
         )
 
-    def make_source(self) -> Source:
+    def make_source(self) -> BatchSource:
         """Read the sharp images of the recipe."""
         return SignedPatches(self.recipe)
 

@@ -27,9 +27,9 @@ from rtfocus.training.pairs import PairBatches
 from rtfocus.training.recipe import Count, Fraction, PairRecipe, Positive
 from rtfocus.training.task import (
     Arrays,
+    BatchSource,
     Graph,
     RestorerTask,
-    Source,
     Tensors,
     frames_graph,
     gain_db,
@@ -325,7 +325,7 @@ class WeiUNetTask(RestorerTask[WeiUNetRecipe]):
         self.network.kernel_net.requires_grad_(stage != "unet")
         self.network.unet.requires_grad_(stage != "kernel")
 
-    def make_source(self) -> Source:
+    def make_source(self) -> BatchSource:
         """Read the images of the recipe; pairs come with their PSFs."""
         size_px = self.recipe.wei_kernel.size_px
         pairs = self.recipe.pairs.model_copy(update={"psf_px": size_px})
