@@ -1,4 +1,7 @@
-"""Record a short run without a microscope, then read its folder."""
+"""Record a short run without a microscope, then read its folder.
+
+An argument is where run folders are made: ``python read_a_run.py runs``.
+"""
 
 import sys
 

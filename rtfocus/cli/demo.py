@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from scipy.ndimage import map_coordinates
 
 from rtfocus import app as loop
@@ -16,7 +15,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.cli.commands import QuietOption, SetOption, read_config
 from rtfocus.cli.display import display_run
 from rtfocus.cli.endings import interruptible
-from rtfocus.cli.runs import print_report
+from rtfocus.cli.runs import ReportConsole, print_report
 from rtfocus.config import Config
 from rtfocus.config.sections import VirtualMicroscopeConfig
 from rtfocus.drawing.canvas import (
@@ -101,9 +100,10 @@ def _compare(settings: Config, run: Path) -> None:
     shown = [series.read(t=last) for series in (raw, restored, defocus)]
     truth = specimen.truth(float(trace.z_um[-1]), time_s=float(trace.seconds[-1]))
     _save_picture(run, shown, truth, trace, optics)
-    Console().print(_figures(shown, truth, optics))
-    Console().print(trace.in_words(optics))
-    Console().print(f"picture: {run / PICTURE_NAME}")
+    console = ReportConsole()
+    console.print(_figures(shown, truth, optics))
+    console.print(trace.in_words(optics))
+    console.print(f"picture: {run / PICTURE_NAME}")
 
 
 @dataclass(frozen=True)

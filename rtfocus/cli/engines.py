@@ -102,8 +102,7 @@ def _files(found: FoundEngine) -> tuple[list[Row], bool]:
 
 
 def _cost(found: FoundEngine) -> Iterator[Row]:
-    count = multiply_adds_per_pixel(found)
-    if count is not None:
+    if (count := multiply_adds_per_pixel(found)) is not None:
         yield "multiply-adds", f"{count:,.0f} per pixel"
 
 
@@ -138,9 +137,10 @@ def _runtimes(card: EngineCard) -> Iterator[Row]:
 
 
 def _history(card: EngineCard) -> Iterator[Row]:
+    plain = str.maketrans("{}", "()", "'[]")  # lists, maps and words as people write
     for title, entries in (("trained", card.trained), ("figures", card.figures)):
         for key, value in entries.items():
-            yield f"{title}: {key}", str(value)
+            yield f"{title}: {key}", str(value).translate(plain)
 
 
 app = typer.Typer(name="engines", invoke_without_command=True, rich_markup_mode="rich")
@@ -338,7 +338,7 @@ def build(
     ] = "2048x2048",
     tiles_per_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="As processing.gpu.tiles_per_batch of the run."),
+        typer.Option(min=1, help="tiles_per_batch in processing.gpu of the run."),
     ] = None,
     tf32: Annotated[
         bool, typer.Option(help="Let fp32 products round to 10 bits, which is faster.")

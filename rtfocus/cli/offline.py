@@ -39,7 +39,7 @@ from rtfocus.errors import ConfigError, IncompleteError, InputError, number_of
 from rtfocus.frame import FrameResult
 from rtfocus.image_set import ImageSet, restoring_with
 from rtfocus.images.metadata import OutputImage
-from rtfocus.images.optics import EXAMPLE, StatedOptics, stated_optics
+from rtfocus.images.optics import StatedOptics, stated_optics
 from rtfocus.images.outputs import STANDARD_OUTPUT, ImageOutput, OutputGuard
 from rtfocus.images.reading import (
     BrokenImage,
@@ -59,8 +59,8 @@ OpticsOption = Annotated[
     typer.Option(
         "--optics",
         metavar="OPTICS",
-        help=f"{EXAMPLE}, or a file of [bold]rtfocus psf fit[/]; what is left out "
-        "comes from the image file.",
+        help="NA=, wavelength= (nm) and pixel= (um) with commas between, or a file of "
+        "[bold]rtfocus psf fit[/]; what is left out comes from the image file.",
     ),
 ]
 PictureOption = Annotated[
@@ -106,9 +106,9 @@ def restore(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="wiener, richardson_lucy, richardson_lucy_accelerated, or a restorer "
-            "or joint engine by name. Default: wiener, and rtfocus-2 where the optics "
-            "are unknown."
+            help="wiener, richardson_lucy, another built-in method, or a restorer or "
+            "joint engine by name. Default: wiener, and rtfocus-2 where the optics are "
+            "unknown."
         ),
     ] = None,
     orientations: Annotated[

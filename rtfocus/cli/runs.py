@@ -85,7 +85,14 @@ def report(
 
 
 class ReportConsole(Console):
-    """Goes on where nobody reads any more, as in ``| head``: the work is done."""
+    """Breaks lines in a terminal alone, and goes on where nobody reads any more.
+
+    As in ``| grep``, where a line is one, and in ``| head``: the work is done.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.soft_wrap = not self.is_terminal
 
     def on_broken_pipe(self) -> None:
         """Write to nothing; the exit code stays that of the run."""

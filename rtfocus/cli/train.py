@@ -72,8 +72,8 @@ def train(
     optics: Annotated[
         str | None,
         typer.Option(
-            help="Your optics: a file of [bold]rtfocus psf fit[/], or "
-            "NA=0.75,wavelength=520,pixel=0.325; with --own or --images."
+            help="Your optics: a file of [bold]rtfocus psf fit[/], or NA=, "
+            "wavelength= and pixel= with commas between; with --own or --images."
         ),
     ] = None,
     images: Annotated[

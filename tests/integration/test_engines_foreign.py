@@ -563,6 +563,8 @@ def test_the_commands_say_what_was_added_and_what_it_gives(tmp_path, monkeypatch
     said = " ".join(succeeded(command("engines", "info", "theirs")).split())
     assert "before it zero_mean_unit_variance after it nothing" in said
     assert "trained: licence MIT" in said
+    shipped = " ".join(succeeded(command("engines", "info", "delpnet")).split())
+    assert "trained: after (command: rtfocus train train_delpnet, seed: 1" in shipped
     assert "on a GPU no: steps around a network run on the CPU alone" in said
     image = counts((60, 70)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "image.tif", image)

@@ -30,6 +30,11 @@ def test_help_has_an_example(name):
     assert f"Example: rtfocus {name}" in " ".join(said.split())
 
 
+@pytest.mark.parametrize("name", [*COMMANDS, "engines build", "psf fit"])
+def test_help_cuts_no_word_off_in_80_columns(name):
+    assert "\u2026" not in succeeded(command(*name.split(), "--help"))
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_list_says_what_the_command_says_of_itself(name):
     first = load(name).help.partition("\n\n")[0]

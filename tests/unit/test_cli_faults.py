@@ -178,6 +178,12 @@ def test_what_is_mistyped_is_told_before_a_side_starts(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_line_of_a_report_is_one_where_no_terminal_is(capsys):
+    line = "runs/day.rtfocus  (stopped by the user: " + "5 of 60 planned frames; " * 5
+    ReportConsole().print(line)
+    assert capsys.readouterr().out == f"{line}\n"
+
+
 def test_a_report_that_nobody_reads_to_its_end_is_no_failure(monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
