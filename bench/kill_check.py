@@ -15,8 +15,8 @@ import zarr
 from numpy.typing import NDArray
 
 from rtfocus.errors import ExitCode
+from rtfocus.runs import open_run
 from rtfocus.writers.check import CheckReport, check_run
-from rtfocus.writers.commit import read_report
 from rtfocus.writers.header import JOURNAL_NAME, is_bare
 from rtfocus.writers.journal import WRITTEN, Line, read_journal
 
@@ -94,7 +94,7 @@ def faults_at_end(folder: Path, sent: int) -> list[str]:
 
 def faults_of_way(folder: Path, way: str) -> list[str]:
     """Return what is wrong if the last processor's frames did not come this way."""
-    came_by = (read_report(folder) or {}).get("came_by", {})
+    came_by = (open_run(folder).report or {}).get("came_by", {})
     return [] if set(came_by) == {way} else [f"frames came by {came_by}, not {way}"]
 
 

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import msgspec
 import numpy as np
 import zarr
 from numpy.typing import DTypeLike, NDArray
@@ -19,12 +18,13 @@ from rtfocus.files import path_given
 from rtfocus.frame import SeriesStart
 from rtfocus.images.ome_zarr import open_zarr
 from rtfocus.metrics import Outcome
+from rtfocus.writers.commit import report_of
 from rtfocus.writers.header import (
     INNER,
     JOURNAL_NAME,
-    REPORT_NAME,
     RunHeader,
     image_specs,
+    is_finished,
     read_header,
 )
 from rtfocus.writers.journal import Line, read_journal
@@ -273,7 +273,8 @@ class Run:
             axes = tuple(axis["name"] for axis in scales["axes"])
             steps = map(float, first["coordinateTransformations"][0]["scale"])
             scale = dict(zip(axes, steps, strict=True))
-        except (OSError, LookupError, TypeError, ValueError) as error:
+        # Damaged metadata make the parsers raise whatever they stumble over.
+        except Exception as error:
             there = self.kinds
             msg = (
                 f"'{place}' cannot be read; the files say more: rtfocus check "
@@ -331,30 +332,13 @@ class Run:
         WriterError
             If it is there and cannot be read.
         """
-        path = self.folder / REPORT_NAME
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        except FileNotFoundError:
-            return None
-        except (OSError, msgspec.MsgspecError, RecursionError) as error:
-            raise self._unreadable_report(error) from error
+        return report_of(self.folder) if is_finished(self.folder) else None
 
     @property
     def outcome(self) -> Outcome | None:
         """Whether everything planned is there; None: not finished."""
         report = self.report
-        try:
-            return None if report is None else Outcome.of_report(report)
-        except (LookupError, TypeError, AttributeError) as error:
-            why = f"no {error}"
-            raise self._unreadable_report(why) from error
-
-    def _unreadable_report(self, why: object) -> WriterError:
-        msg = (
-            f"'{self.folder / REPORT_NAME}' cannot be read ({why}); run: "
-            f"rtfocus check {self.folder} --repair"
-        )
-        return WriterError(msg)
+        return None if report is None else Outcome.of_report(report)
 
 
 def _row(line: Line) -> tuple[Any, ...]:

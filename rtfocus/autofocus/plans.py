@@ -3,11 +3,13 @@
 And the surface through the places that were focused, on which others are likely to lie.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
+import msgspec
 import numpy as np
 import useq
 import yaml
@@ -17,6 +19,7 @@ from rtfocus.autofocus.hold import Key, key_of_index
 from rtfocus.autofocus.planes import FocusCalibration
 from rtfocus.autofocus.policy import Limits, MoveRule
 from rtfocus.autofocus.search import SearchRule
+from rtfocus.config.loading import read_yaml
 from rtfocus.config.model import AutofocusConfig
 from rtfocus.errors import ConfigError
 from rtfocus.images.metadata import TEXT_MARK
@@ -65,15 +68,17 @@ def load_calibration(path: Path) -> FocusCalibration:
     ConfigError
         If the file cannot be read or is none.
     """
+    remedy = "make it with: rtfocus calibrate CONFIG"
+    values = read_yaml(path, "autofocus.calibration", remedy)
     try:
-        values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return FocusCalibration(**values)
-    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-        msg = (
-            f"autofocus.calibration '{path}' cannot be used: {error}; make it with: "
-            "rtfocus calibrate CONFIG"
-        )
+        found = msgspec.convert(asdict(FocusCalibration(**values)), FocusCalibration)
+        if not (0 < found.unit_um < math.inf and math.isfinite(found.backlash_um)):
+            msg = "unit_um must be a number above 0, backlash_um a number"
+            raise ValueError(msg)
+    except (TypeError, ValueError) as error:
+        msg = f"autofocus.calibration '{path}' cannot be used: {error}; {remedy}"
         raise ConfigError(msg) from error
+    return found
 
 
 def with_measured_backlash(config: AutofocusConfig) -> AutofocusConfig:

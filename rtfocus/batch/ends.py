@@ -277,7 +277,7 @@ class Batch:
         """Tell whether a call that was killed afterwards has written just this."""
         try:
             found = json.loads(self.ledger.output.read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return bool(found == {**json_mark(), **content})
 
@@ -431,7 +431,7 @@ def _without_frame(run: Path) -> str:
 def _found_in(path: Path, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
         msg = f"'{path}' of a unit that is done cannot be read: {error}"
         raise OutputError(msg) from error
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from filelock import FileLock
 from pydantic import validate_call
 
@@ -123,7 +124,11 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     try:
-        answer = fractal_restore(**json.loads(given.args_json.read_text("utf-8")))
+        arguments = msgspec.json.decode(given.args_json.read_bytes(), type=dict)
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
+        sys.exit(f"error: '{given.args_json}' is no JSON of arguments: {error}")
+    try:
+        answer = fractal_restore(**arguments)
     except RtfocusError as error:
         sys.exit(f"error: {error}")
     given.out_json.write_text(json.dumps(answer, indent=2), "utf-8")

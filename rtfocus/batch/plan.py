@@ -258,7 +258,7 @@ class Ledger:
     def holds(self, plan_key: str) -> bool:
         """Tell whether this plan is still everybody's: neither ended nor begun anew."""
         try:
-            return (self.folder / "key").read_text() == plan_key
+            return (self.folder / "key").read_bytes() == plan_key.encode()
         except OSError:
             return False
 
@@ -417,7 +417,7 @@ class _Done(msgspec.Struct):
 def _read(path: Path, kind: type[_T], remedy: str = "run the batch again") -> _T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
         msg = f"'{path}' cannot be read as the state of a batch: {error}; {remedy}"
         raise OutputError(msg) from error
 

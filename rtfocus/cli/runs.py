@@ -21,7 +21,7 @@ from rtfocus.cli.commands import OverwriteOption, need_torch, refuse_options
 from rtfocus.cli.display import counting, share_bar
 from rtfocus.errors import ExitCode, IncompleteError, InputError, number_of
 from rtfocus.metrics import STEPS, Outcome, plan_in_words
-from rtfocus.writers.header import HEADER_NAME
+from rtfocus.writers.header import HEADER_NAME, is_finished
 
 if TYPE_CHECKING:
     from rtfocus.transport.viewer import FocusLine
@@ -80,8 +80,11 @@ def report(
     [bold]Example:[/] rtfocus report runs/demo.rtfocus
     """
     from rtfocus.report.page import write_page
+    from rtfocus.writers.commit import report_of
 
     typer.echo(write_page(run))
+    if is_finished(run):
+        report_of(run)  # the page tells what is there, and nobody may look at it
 
 
 class ReportConsole(Console):
@@ -163,7 +166,7 @@ def _stage_table(stages: dict[str, dict[str, float | int | None]]) -> Table:
     for column in ("median", "95 % within", "99 % within", "longest"):
         table.add_column(column, justify="right")
     for name, times in stages.items():
-        values = [times[key] for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
+        values = [times.get(key) for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
         shown = ("-" if v is None else f"{v:.1f}" for v in values)
         table.add_row(STEPS.get(name, name), *shown)
     return table

@@ -422,4 +422,9 @@ def _resolve(path: Path, folder: Path) -> Path:
     except RuntimeError as error:
         msg = f"'{path}': this user has no home folder; write the whole path"
         raise ConfigError(msg) from error
-    return path if path.is_absolute() else (folder / path).resolve()
+    try:
+        return path if path.is_absolute() else (folder / path).resolve()
+    # Half of a character, links in a circle.
+    except (OSError, ValueError, RuntimeError) as error:
+        msg = f"{str(path)!r} leads nowhere ({error}); give another path"
+        raise ConfigError(msg) from error

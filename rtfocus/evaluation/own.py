@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 from pydantic import TypeAdapter
 
@@ -179,11 +180,15 @@ class _OwnPlan:
         if not path.is_file():
             self._keep()
             return
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known.get("format") != _FORMAT or known["asked"] != asked:
-            other = [
-                key for key in asked if known.get("asked", {}).get(key) != asked[key]
-            ]
+        try:
+            known = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        except (OSError, msgspec.MsgspecError, RecursionError) as error:
+            msg = f"'{path}' cannot be read: {error}; start over with --no-resume"
+            raise ConfigError(msg) from error
+        if known.get("format") != _FORMAT or known.get("asked") != asked:
+            before = known.get("asked")
+            before = before if isinstance(before, dict) else {}
+            other = [key for key in asked if before.get(key) != asked[key]]
             msg = (
                 f"'{work}' was begun with other {' and '.join(other) or 'software'}; "
                 "call with the same, or start over with --no-resume"

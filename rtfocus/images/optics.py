@@ -11,11 +11,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.config.loading import read_yaml
 from rtfocus.errors import ConfigError
 from rtfocus.images.series import ImageSeries
 
@@ -159,14 +159,7 @@ def _read_values(text: str) -> Mapping[str, Any]:
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        msg = (
-            f"optics '{path}' cannot be read: {error}; give a YAML file, or values: "
-            f"{EXAMPLE}"
-        )
-        raise ConfigError(msg) from error
+    data = read_yaml(path, "optics", f"give a YAML file, or values: {EXAMPLE}")
     channels = data.get("channels") if isinstance(data, dict) else None
     if isinstance(channels, list) and channels:
         data = channels[0]

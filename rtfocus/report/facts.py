@@ -26,7 +26,7 @@ from rtfocus.transport.viewer import (
     focus_line,
 )
 from rtfocus.writers.arrays import FrameArray
-from rtfocus.writers.commit import read_report
+from rtfocus.writers.commit import report_of
 from rtfocus.writers.header import (
     DEFOCUS,
     JOURNAL_NAME,
@@ -165,7 +165,9 @@ def read_facts(folder: Path) -> RunFacts:
     WriterError
         If it is no run folder.
     """
-    facts = RunFacts(folder, read_header(folder), read_report(folder))
+    facts = RunFacts(folder, read_header(folder), None)
+    with suppress(WriterError):  # of what is damaged the page says so
+        facts.report = report_of(folder)
     _read_journal(facts)
     facts.focus_log = read_focus_log(folder)
     return facts
@@ -183,7 +185,8 @@ def left_out_by_hold(report: dict[str, Any]) -> str | None:
 def throughput_in_words(report: dict[str, Any]) -> str | None:
     """Tell how fast a run was; None: nobody knows, as of one frame."""
     found = report.get("throughput", {})
-    if not found.get("frames_per_s"):
+    parts = ("frames_per_s", "seconds", "cpu_s_per_frame")
+    if not found.get("frames_per_s") or None in map(found.get, parts):
         return None
     return (
         f"{found['frames_per_s']:.1f} frames/s over {found['seconds']:.1f} s, "
@@ -196,8 +199,13 @@ def read_focus_log(folder: Path) -> list[FocusLine]:
     path = folder / FOCUS_LOG
     if not path.is_file():
         return []
+    try:
+        texts = path.read_text("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        msg = f"focus log '{path}' cannot be read: {error.strerror}"
+        raise WriterError(msg) from error
     lines = []
-    for text in path.read_text("utf-8", errors="replace").splitlines():
+    for text in texts:
         # The last line of a run that was killed may be half.
         with suppress(ValueError, RecursionError):
             lines.append(focus_line(msgspec.json.decode(text)))

@@ -35,7 +35,7 @@ from rtfocus.report.pictures import (
     searches_failed,
     trace_charts,
 )
-from rtfocus.writers.header import series_in_words
+from rtfocus.writers.header import REPORT_NAME, is_finished, series_in_words
 
 _FAR_UNITS = 3.0
 """Depths of field: where half of the frames lie farther away, focus was not kept."""
@@ -89,6 +89,9 @@ def advice(facts: RunFacts) -> list[Advice]:
 def _of_the_end(facts: RunFacts) -> Iterator[Advice]:
     report, folder = facts.report, facts.folder
     mend = f"rtfocus check {folder.name} --repair"
+    if report is None and is_finished(folder):
+        yield Advice(f"{REPORT_NAME} is damaged; the run is told as unfinished", mend)
+        return
     if report is None:
         yield Advice(
             "the run is not finished: it is being recorded, or was cut off",

@@ -51,6 +51,7 @@ _WIDTH, _LEFT, _RIGHT = 860.0, 92.0, 16.0
 _COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY)
 _SIDE_PT, _MOST_SIDE_PX, _DETAIL_PX = 190.0, 380, 96
 _WINDOW_PX = 512
+_LONGEST_MS = 1e12  # nobody waited for that
 _BINS = 40
 _EVEN: Colours = "even"
 _AROUND: Colours = "around"
@@ -58,7 +59,12 @@ _AROUND: Colours = "around"
 
 def latency_chart(report: dict[str, Any]) -> str:
     """Draw the median, 95 %, 99 % and longest time of every step, as SVG."""
-    stages = [(n, s) for n, s in report.get("stages", {}).items() if s.get("p50_ms")]
+    drawn = ("p50_ms", "p95_ms", "p99_ms", "max_ms")
+    stages = [
+        (name, times)
+        for name, times in report.get("stages", {}).items()
+        if all(0 < (times.get(key) or 0) < _LONGEST_MS for key in drawn)
+    ]
     if not stages:
         return ""
     times = [s[key] for _, s in stages for key in ("p50_ms", "max_ms")]

@@ -360,7 +360,7 @@ class Decisions:
             found = msgspec.json.decode(path.read_bytes(), type=Decision)
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, msgspec.MsgspecError, RecursionError) as error:
             logger.warning("'%s' cannot be read: measured again (%s)", path, error)
             return None
         if found.key != key or found.taken not in found.times_ms:

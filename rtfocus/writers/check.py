@@ -8,12 +8,12 @@ loss identity. Changes nothing unless it is asked to repair, and then deletes no
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
-import msgspec
 import yaozarrs
 import zarr
 from fsspec import register_implementation
@@ -24,7 +24,7 @@ from rtfocus.files import refuse_links
 from rtfocus.images.metadata import COMPANION
 from rtfocus.metrics import Accounting, Outcome
 from rtfocus.writers.arrays import RunImages, list_shards, shard_name
-from rtfocus.writers.commit import Tally, Terms, read_rejected, read_report
+from rtfocus.writers.commit import Tally, report_of
 from rtfocus.writers.finish import COUNTED, finish_run
 from rtfocus.writers.folder import LockHolder, RunLock, holder_of
 from rtfocus.writers.header import (
@@ -45,7 +45,7 @@ from rtfocus.writers.layout import (
     store_path,
 )
 from rtfocus.writers.places import Plan, TakenPlaces, complete
-from rtfocus.writers.recovery import ASIDE_NAME, mend_journal, set_aside
+from rtfocus.writers.recovery import ASIDE_NAME, mend_journal, read_rejected, set_aside
 
 _MOST_PROBLEMS = 20
 """Problems of one kind told one by one."""
@@ -329,15 +329,23 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _read_report(folder: Path) -> dict[str, Any] | None:
+    """Return ``report.json`` of a finished run; None: there is none to be used."""
+    with suppress(WriterError):
+        return report_of(folder)
+    return None
+
+
 def _check_report(folder: Path, tally: Tally, report: CheckReport) -> None:
     """Compare the report with the journal, and verify the loss identity."""
     path = folder / REPORT_NAME
-    found = read_report(folder)
+    found = _read_report(folder)
     if found is None:
         report.problems.append(f"'{path}' is damaged; use --repair")
         return
     accounting = found["accounting"]
-    known = msgspec.convert(accounting, Terms).known
+    places = (*accounting["dropped"].values(), *accounting["in_error"].values())
+    known = accounting["written"] + accounting["focus"] + sum(places)
     report.accounting = accounting
     report.outcome = Outcome.of_report(found)
     if accounting["acquired"] != known:
@@ -383,7 +391,7 @@ def repair_run(folder: Path, header: RunHeader) -> list[str]:
 
 
 def _repair(folder: Path, header: RunHeader) -> list[str]:
-    report = read_report(folder)
+    report = _read_report(folder)
     steps = _set_aside_report(folder, report)
     steps += _remove_leftovers(folder)
     images = RunImages(folder, header, create=True)
@@ -397,7 +405,9 @@ def _repair(folder: Path, header: RunHeader) -> list[str]:
         # Looking for frames behind the last one made the arrays longer.
         images.trim(before)
         return []
-    accounting = Accounting(rejected=Counter(_rejected(folder, report)))
+    # A report knows of more than was noted on the way.
+    refused = {} if report is None else report["accounting"]["rejected_messages"]
+    accounting = Accounting(rejected=Counter(refused or read_rejected(folder)))
     tally.restore(accounting)
     # A frame found again may have no sequence.
     sent = max(tally.next_sequence, sum(tally.terms.values()))
@@ -414,15 +424,6 @@ def _repair(folder: Path, header: RunHeader) -> list[str]:
         steps.append(f"set t from {before} to {images.frames}")
     steps.append(f"wrote totals, journal columns and report of {tally.lines} lines")
     return steps
-
-
-def _rejected(folder: Path, report: dict[str, Any] | None) -> dict[str, int]:
-    """Return the messages refused; a report knows of more than was noted on the way."""
-    told = {} if report is None else report["accounting"].get("rejected_messages")
-    try:
-        return msgspec.convert(told or read_rejected(folder), dict[str, int])
-    except msgspec.ValidationError:
-        return read_rejected(folder)
 
 
 def _set_aside_report(folder: Path, report: dict[str, Any] | None) -> list[str]:

@@ -35,6 +35,7 @@ from rtfocus.writers.places import (
     TakenPlaces,
     complete,
 )
+from rtfocus.writers.recovery import read_rejected
 
 MOST_LISTED = 10_000
 """Missing places named one by one in the images' metadata; the journal has all."""
@@ -142,24 +143,17 @@ def term_of(line: Line) -> tuple[str, str | None] | None:
     return line["status"], line.get("place")
 
 
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """Return ``report.json`` of a finished run; None: there is none to be used."""
-    try:
-        report = msgspec.json.decode((folder / REPORT_NAME).read_bytes(), type=dict)
-        terms = msgspec.convert(report["accounting"], Terms)
-        msgspec.convert(report.get("reason", ""), str)
-    except (OSError, msgspec.MsgspecError, ValueError, KeyError, RecursionError):
-        return None
-    return report | {"accounting": report["accounting"] | msgspec.to_builtins(terms)}
-
-
 def report_of(folder: Path) -> dict[str, Any]:
     """Return ``report.json`` of a finished run; WriterError: it cannot be used."""
-    if (report := read_report(folder)) is None:
-        remedy = f"run: rtfocus check {folder} --repair"
-        msg = f"'{folder / REPORT_NAME}' cannot be read as a report; {remedy}"
-        raise WriterError(msg)
-    return report
+    try:
+        found = msgspec.json.decode((folder / REPORT_NAME).read_bytes(), type=dict)
+        msgspec.convert(found, _Report)
+        terms = msgspec.convert(found["accounting"], Terms)
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
+        mend = f"rtfocus check {folder} --repair"
+        msg = f"'{folder / REPORT_NAME}' cannot be read: {error}; run: {mend}"
+        raise WriterError(msg) from error
+    return found | {"accounting": found["accounting"] | msgspec.to_builtins(terms)}
 
 
 class Terms(msgspec.Struct):
@@ -174,12 +168,22 @@ class Terms(msgspec.Struct):
     camera_lost: int = 0
     not_acquired: int = 0
     unaccounted: int = 0
+    rejected_messages: dict[str, int] = {}
 
-    @property
-    def known(self) -> int:
-        """Frames that a term explains."""
-        lost = sum(self.dropped.values()) + sum(self.in_error.values())
-        return self.written + self.focus + lost
+
+_Numbers = dict[str, float | None]
+_Report = msgspec.defstruct(
+    "_Report",
+    [
+        ("accounting", Terms),
+        *((name, str, "") for name in ("reason", "set_aside", "write_error")),
+        *((n, _Numbers, {}) for n in ("held", "devices", "came_by", "throughput")),
+        ("warnings", list[str], []),
+        ("totals", dict, {}),
+        ("backends", dict[str, str], {}),
+        ("stages", dict[str, _Numbers], {}),
+    ],
+)
 
 
 LONGEST_HOLD_S = 0.5
@@ -344,15 +348,6 @@ def _failure(futures: list[Commit]) -> BaseException | None:
 
 
 _NOTE_EVERY_S = 1.0
-
-
-def read_rejected(folder: Path) -> dict[str, int]:
-    """Return the messages that were no frames, by reason, of all processes so far."""
-    try:
-        data = (folder / REJECTED_NAME).read_bytes()
-        return msgspec.json.decode(data, type=dict[str, int])
-    except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
-        return {}
 
 
 @dataclass

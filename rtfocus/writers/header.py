@@ -171,6 +171,7 @@ def _fault(header: RunHeader) -> str | None:
     shape, sizes = series.shape, series.sizes
     lengths = [1 if size is None else size for size in sizes.values()]
     tiles = (1, 1) if grid is None else (grid.rows, grid.columns)
+    step_px = 1.0 if grid is None else grid.stride_px
     faults = {
         f"shape={shape} is no frame": len(shape) not in (2, 3)
         or shape[2:] not in ((), (3,))
@@ -184,7 +185,9 @@ def _fault(header: RunHeader) -> str | None:
         f"pixel_size_um={series.pixel_size_um} is no length": not (
             0 < series.pixel_size_um < float("inf")
         ),
-        f"its maps have {tiles} tiles": not _fits(tiles, MOST_PIXELS),
+        f"its maps have {tiles} tiles every {step_px} px": not _fits(tiles, MOST_PIXELS)
+        or not 0 < step_px < float("inf"),
+        "its config is none": type(header.provenance.get("config", {})) is not dict,
     }
     found = [fault for fault, is_fault in faults.items() if is_fault]
     return found[0] if found else sizes_fault(header)

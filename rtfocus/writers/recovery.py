@@ -21,7 +21,7 @@ import msgspec
 from rtfocus.errors import WriterError, writing
 from rtfocus.files import replace
 from rtfocus.writers.arrays import RunImages
-from rtfocus.writers.header import JOURNAL_NAME, RAW, RESTORED, RunHeader
+from rtfocus.writers.header import JOURNAL_NAME, RAW, REJECTED_NAME, RESTORED, RunHeader
 from rtfocus.writers.journal import (
     BLANK,
     MISSING,
@@ -71,6 +71,15 @@ def is_damaged(folder: Path, plan: Plan) -> bool:
     if not path.exists():
         return True
     return any(record.is_damaged for record in scan_journal(path, plan))
+
+
+def read_rejected(folder: Path) -> dict[str, int]:
+    """Return the messages that were no frames, by reason, of all processes so far."""
+    try:
+        data = (folder / REJECTED_NAME).read_bytes()
+        return msgspec.json.decode(data, type=dict[str, int])
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
+        return {}
 
 
 def mend_journal(

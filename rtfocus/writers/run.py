@@ -29,7 +29,6 @@ from rtfocus.writers.commit import (
     Entry,
     Tally,
     WriterStatus,
-    read_rejected,
 )
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import RunLock, begin_folder, leave_folder, take_folder
@@ -52,7 +51,7 @@ from rtfocus.writers.places import (
     TakenPlaces,
     complete,
 )
-from rtfocus.writers.recovery import is_damaged, mend_journal
+from rtfocus.writers.recovery import is_damaged, mend_journal, read_rejected
 
 
 def open_run(
