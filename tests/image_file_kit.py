@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 
 from rtfocus.errors import InputError
 from rtfocus.images.metadata import OutputImage
@@ -19,6 +21,8 @@ from rtfocus.images.reading import companions
 from rtfocus.images.series import ImageSeries
 
 OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+SHAPE = (200, 240)
+"""Of a `specimen`: no square, so that axes are told apart."""
 
 
 def flat(value: float, dtype: str = "u2", shape: tuple[int, ...] = (8, 9)):
@@ -217,3 +221,9 @@ def files_up_to(size_bytes: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def specimen(seed: int) -> NDArray[np.float64]:
+    """Blurred blocks, 0 to 1."""
+    blocks = np.random.default_rng(seed).random((SHAPE[0] // 4, SHAPE[1] // 4))
+    return gaussian_filter(np.kron(blocks, np.ones((4, 4))), 1.0 + seed % 3)

@@ -22,10 +22,37 @@ from rtfocus.transport.viewer import (
     Request,
     ShownSeries,
 )
+from rtfocus.view.codec import HEADER, PLANE
 
 HEIGHT, WIDTH = 96, 128
 SATURATION = 4095
 GRID = TileGrid(2, 3, tile_px=40, stride_px=32.0, origin_px=23.5, signed=True)
+
+
+def unpacked(packed: bytes) -> tuple[tuple, list[tuple[tuple, np.ndarray]]]:
+    """Read a picture as the layout in the codec's docstring says, on its own."""
+    # Here, because the preview's process has no use for it.
+    import imagecodecs
+
+    header = HEADER.unpack(packed[: HEADER.size])
+    at, planes = HEADER.size, []
+    for _ in range(header[3]):
+        plane = PLANE.unpack(packed[at : at + PLANE.size])
+        _, dtype, packing, samples, width, height, size, *_ = plane
+        data = packed[at + PLANE.size : at + PLANE.size + size]
+        if packing == 1:
+            split = imagecodecs.lz4_decode(
+                data, header=False, out=2 * width * height * samples
+            )
+            halves = np.frombuffer(split, np.uint8).reshape(2, -1)
+            values = halves[0].astype("<u2") | halves[1].astype("<u2") << 8
+        else:
+            values = np.frombuffer(data, ["<u2", "<f4", "|u1"][dtype])
+        shape = (height, width) if samples == 1 else (height, width, samples)
+        planes.append((plane, values.reshape(shape)))
+        at += PLANE.size + size
+    assert at == len(packed)
+    return header, planes
 
 
 def frame_of(number: int) -> NDArray[Any]:

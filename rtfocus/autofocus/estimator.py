@@ -335,7 +335,7 @@ def _tiles(
     sd_um = (
         np.zeros(shape) if uncertainty is None else np.nan_to_num(uncertainty)
     ).astype(np.float64)
-    content = _content(pixels, grid, shape)[used]
+    content = tile_content(pixels, grid, shape)[used]
     typical = float(np.median(content)) if content.size else 1.0
     share = np.clip(content / max(typical, 1e-9), 0.25, 4.0)
     certainty = found.confidence[used].astype(np.float64)
@@ -350,7 +350,7 @@ def _tiles(
     )
 
 
-def _content(
+def tile_content(
     pixels: NDArray[np.generic], grid: TileGrid, shape: tuple[int, ...]
 ) -> Floats:
     """Return how much each tile varies by every second pixel, in counts."""

@@ -60,14 +60,14 @@ _UNPRINTABLE = frozenset(map(chr, [*range(9), *range(11, 32), 127]))
 Px = Annotated[int, Field(gt=0, le=1 << 14)]
 
 
-def _types(annotation: Any) -> set[object]:
+def types_within(annotation: Any) -> set[object]:
     """Return every type within an annotation."""
     inner = get_args(annotation)
-    return {annotation}.union(*map(_types, inner)) if inner else {annotation}
+    return {annotation}.union(*map(types_within, inner)) if inner else {annotation}
 
 
 def _implausible(name: str, value: object, key: FieldInfo) -> str | None:
-    types = _types(key.annotation)
+    types = types_within(key.annotation)
     if isinstance(value, bool):
         if bool not in types and types & {int, float}:
             return "a number is needed; YAML reads yes, no, on and off as none"

@@ -289,7 +289,6 @@ def gpu_request(
     precision: Precision | None = None,
     *,
     tf32: bool = True,
-    workspace_bytes: int | None = None,
     cuda_graphs: bool = True,
     tiles_per_batch: int | None = None,
     pixels: int = PIXELS_PER_BATCH,
@@ -302,7 +301,7 @@ def gpu_request(
         Of `engine_inputs`.
     precision
         Weights to run; None: `preferred_precision`.
-    tf32, workspace_bytes, cuda_graphs
+    tf32, cuda_graphs
         As in `GpuRequest`.
 
     Raises
@@ -319,7 +318,6 @@ def gpu_request(
         precision=chosen,
         inputs=engine_inputs(found.card, frame, tiles_per_batch, pixels),
         tf32=tf32,
-        workspace_bytes=workspace_bytes,
         cuda_graphs=cuda_graphs,
     )
 

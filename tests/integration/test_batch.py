@@ -19,14 +19,21 @@ import pytest
 import tifffile
 import yaozarrs
 import zarr
+from batch_kit import (
+    OPTICS,
+    WIENER,
+    picture,
+    two_workers,
+    write_folder,
+    write_pairs,
+    write_plate,
+)
 from engine_kit import write_brightness_joint
 from filelock import FileLock
-from image_file_kit import files_up_to, ngff_axes, write_ngff
+from image_file_kit import files_up_to
 from loop_kit import command, failed, succeeded
-from scipy.ndimage import gaussian_filter
 from transport_kit import until
 
-import rtfocus.batch
 from rtfocus.batch.ends import Batch
 from rtfocus.batch.plan import Failure, Ledger, Unit
 from rtfocus.batch.scheduler import run_on
@@ -37,79 +44,30 @@ from rtfocus.images.series import ImageSeries
 
 distributed = pytest.importorskip("distributed", reason="needs rtfocus[batch]")
 
-OPTICS = ("--optics", "NA=0.75,wavelength=520,pixel=0.325")
-WIENER = (*OPTICS, "--engine", "wiener")
-SIDE = 112
-
-
-def picture(seed: int) -> np.ndarray:
-    """Return noise on stripes, so that no two images are equal."""
-    rng = np.random.default_rng(seed)
-    stripes = np.add.outer(np.arange(SIDE), np.arange(SIDE)) % 32 > 16
-    return rng.poisson(200 + 400 * stripes).astype("<u2")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Six TIFFs in two folders."""
-    source = tmp_path / "in"
-    (source / "day.1").mkdir(parents=True)
-    for number in range(6):
-        below = source / "day.1" if number > 3 else source
-        tifffile.imwrite(below / f"f{number}.tif", picture(number))
-    return source
+    return write_folder(tmp_path / "in")
 
 
 @pytest.fixture
-def pairs(folder: Path, tmp_path: Path) -> Path:
+def pairs(tmp_path: Path) -> Path:
     """Six fields sharp and blurred, with optics beside them."""
-    place = tmp_path / "mine"
-    (place / "blurred").mkdir(parents=True)
-    (place / "sharp").mkdir()
-    for number, path in enumerate(sorted(folder.rglob("*.tif"))):
-        pixels = tifffile.imread(path)
-        tifffile.imwrite(place / "sharp" / path.name, pixels)
-        soft = gaussian_filter(pixels.astype("f4"), 1 + number / 4)
-        tifffile.imwrite(place / "blurred" / path.name, soft.astype("<u2"))
-    return place
+    return write_pairs(tmp_path / "mine")
 
 
 @pytest.fixture
 def plate(tmp_path: Path) -> Path:
     """Two wells of two fields."""
-    path = tmp_path / "plate.zarr"
-    root = zarr.open_group(path, mode="w", zarr_format=2)
-    wells: list[Any] = [
-        {"path": f"{row}/3", "rowIndex": number, "columnIndex": 0}
-        for number, row in enumerate("AB")
-    ]
-    root.attrs["plate"] = {
-        "name": "screen",
-        "rows": [{"name": "A"}, {"name": "B"}],
-        "columns": [{"name": "3"}],
-        "wells": wells,
-    }
-    for number, well in enumerate(("A/3", "B/3")):
-        group = root.require_group(well)
-        group.attrs["well"] = {"images": [{"path": "0"}, {"path": "1"}]}
-        for field in (0, 1):
-            pixels = picture(2 * number + field)
-            image = path / well / str(field)
-            write_ngff(image, pixels, ngff_axes("yx"), [0.325, 0.325])
-    return path
+    return write_plate(tmp_path / "plate.zarr")
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A scheduler with two workers, processes of their own."""
-    with distributed.LocalCluster(
-        n_workers=2,
-        threads_per_worker=1,
-        memory_limit=None,
-        dashboard_address="127.0.0.1:0",
-        silence_logs=50,
-    ) as cluster:
-        yield cluster.scheduler_address
+    """A scheduler with two workers."""
+    with two_workers() as address:
+        yield address
 
 
 def worker_of(address: str, *more: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -648,56 +606,6 @@ def test_where_no_worker_is_nothing_waits_for_ever(
     assert done == [plan.units[0]]
 
 
-def test_a_fractal_task_restores_a_field_beside_its_input(
-    plate: Path, tmp_path: Path
-) -> None:
-    package = Path(rtfocus.batch.__file__).parents[1]
-    manifest = json.loads((package / "__FRACTAL_MANIFEST__.json").read_text("utf-8"))
-    (task,) = manifest["task_list"]
-    # As Fractal does: the file by its path, arguments and answer as JSON.
-    asked, answer = tmp_path / "args.json", tmp_path / "out.json"
-    field = plate / "A/3/1"
-    arguments = {"zarr_url": str(field), "engine": "wiener", "optics": OPTICS[1]}
-    assert set(arguments) <= set(task["args_schema_parallel"]["properties"])
-    asked.write_text(json.dumps(arguments))
-    run = [sys.executable, str(package / task["executable_parallel"])]
-    run += ["--args-json", str(asked), "--out-json", str(answer)]
-    done = subprocess.run(run, capture_output=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr
-    (update,) = json.loads(answer.read_text())["image_list_updates"]
-    assert update == {
-        "zarr_url": f"{field}_restored",
-        "origin": str(field),
-        "types": task["output_types"],
-    }
-    succeeded(command("restore", field, "-o", tmp_path / "one.tif", *WIENER))
-    restored = zarr.open_array(Path(update["zarr_url"]) / "0", mode="r")
-    np.testing.assert_array_equal(
-        np.squeeze(restored[:]), tifffile.imread(tmp_path / "one.tif")
-    )
-    well = zarr.open_group(plate / "A/3", mode="r").attrs["well"]
-    assert [one["path"] for one in well["images"]] == ["0", "1", "1_restored"]
-    again = subprocess.run(run, capture_output=True, encoding="utf-8", check=False)
-    assert again.returncode == 1
-    assert "exists; choose another suffix" in again.stderr
-
-
-def test_the_manifest_is_that_of_the_task() -> None:
-    schemas = pytest.importorskip("fractal_task_tools._args_schemas")
-    package = Path(rtfocus.batch.__file__).parents[1]
-    manifest = json.loads((package / "__FRACTAL_MANIFEST__.json").read_text("utf-8"))
-    (task,) = manifest["task_list"]
-    made = schemas.create_schema_for_single_task(
-        task["executable_parallel"], package="rtfocus"
-    )
-    assert task["args_schema_parallel"] == made
-    kinds = pytest.importorskip("fractal_task_tools.task_models")
-    known = set(kinds.ParallelTask.model_fields)
-    assert set(task) - {"executable_parallel", "args_schema_parallel"} <= (
-        known | {"meta_parallel"}
-    )
-
-
 def test_an_end_that_was_killed_takes_no_pixels_away(
     plate: Path, tmp_path: Path
 ) -> None:
@@ -810,80 +718,3 @@ def test_a_full_disk_fails_the_images_it_refuses(folder: Path, tmp_path: Path) -
         assert len(list(out.rglob("*.tif"))) == 6
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-def evaluated(said: str, out: Path) -> dict[str, Any]:
-    """Return what a report says apart from time, place and milliseconds."""
-    found = json.loads((out / "evaluation.json").read_text("utf-8"))
-    for varies in ("command", "taken", "machine"):
-        assert found.pop(varies)
-    for one in found["outcomes"]:
-        for cost in ("ms_per_megapixel", "cpu_ms_per_megapixel"):
-            assert one.pop(cost) > 0
-    rows = [line.split("│")[:-3] for line in said.splitlines() if "│" in line]
-    assert rows
-    pictures = {path.name: path.read_bytes() for path in out.glob("*.png")}
-    return {**found, "rows": rows, "pictures": pictures}
-
-
-def test_engines_are_evaluated_by_many_processes_as_by_one(
-    pairs: Path,
-    engine_folder: Path,
-    tmp_path: Path,
-    address: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Workers stand elsewhere: what is relative is not to them.
-    monkeypatch.chdir(tmp_path)
-    published = tmp_path / "published" / "bbbc006_factin"
-    published.mkdir(parents=True)
-    for number, name in enumerate(("A_sharp", "A_defocus08um", "A_defocus10um")):
-        soft = gaussian_filter(picture(9).astype("f4"), 2.0 * number)
-        tifffile.imwrite(published / f"{name}.tif", (soft / 8).astype("u1"))
-    asked = ("evaluate", "sharpness", "wiener", "--classifier", "sharpness")
-    asked += ("--data", pairs.name, "--data", "bbbc006_factin")
-    asked += ("--data-folder", "published")
-    asked += ("--engine-folder", os.path.relpath(engine_folder, tmp_path))
-    many = ("--scheduler", address)
-    alone = evaluated(succeeded(command(*asked, "-o", "one")), tmp_path / "one")
-    said = succeeded(command(*asked, "-o", "out", *many))
-    assert evaluated(said, tmp_path / "out") == alone
-    assert sorted(alone["pictures"]) == [
-        "confusion_sharpness_bbbc006_factin.png",
-        "images_bbbc006_factin.png",
-        "images_mine.png",
-    ]
-    assert len(alone["outcomes"][1]["frames"]) == 6
-    assert alone["outcomes"][2]["levels"]["tiles"] > 0
-    assert "exists" in failed(command(*asked, "-o", "out", *many))
-    said = failed(command(*asked, "-o", "x", "--resources", "GPU=1"))
-    assert "give --scheduler" in said
-
-
-def test_an_evaluation_goes_without_what_fails(
-    pairs: Path, engine_folder: Path, tmp_path: Path, address: str
-) -> None:
-    blurred = pairs / "blurred"
-    (blurred / "f1.tif").write_bytes((blurred / "f1.tif").read_bytes()[:5000])
-    tifffile.imwrite(blurred / "f2.tif", picture(2)[:100])
-    asked = ("evaluate", "wiener", "--scheduler", address, "--data", pairs)
-    asked += ("--classifier", "sharpness", "--engine-folder", engine_folder)
-    told = command(*asked, "-o", tmp_path / "out")
-    assert told.code == ExitCode.INCOMPLETE
-    said = "2 of 6 fields failed: 'mine: blurred f2', 'mine: blurred f1'; the rest is"
-    assert said in told.err
-    found = json.loads((tmp_path / "out" / "evaluation.json").read_text("utf-8"))
-    size, broken = sorted(found["failed"], key=lambda line: "is cut off" in line)
-    assert size.startswith("wiener on mine: blurred f2: ")
-    assert broken.startswith("wiener on mine: blurred f1: ")
-    assert broken in (tmp_path / "out" / "evaluation.md").read_text("utf-8")
-    assert len(found["outcomes"][0]["frames"]) == 4
-    assert (tmp_path / "out" / "images_mine.png").exists()
-
-    # Where nothing is left, nothing is written.
-    for path in blurred.iterdir():
-        tifffile.imwrite(path, picture(2)[:100])
-    told = command(*asked, "-o", tmp_path / "none")
-    assert told.code == ExitCode.INPUT
-    assert "6 of 6 fields failed" in told.err
-    assert not (tmp_path / "none").exists()

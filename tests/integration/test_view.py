@@ -3,7 +3,6 @@
 import http.client
 import json
 import shutil
-import struct
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -13,13 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import pytest
 import tifffile
 from loop_kit import LOCAL, read_report, run_loop, small
 from transport_kit import Background, make_series, until
-from view_kit import Looking
+from view_kit import Looking, unpacked
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -35,14 +33,7 @@ from rtfocus.transport.preview import PreviewPublisher
 from rtfocus.transport.sockets import create_keys
 from rtfocus.transport.viewer import PreviewViewer, ShownSeries
 from rtfocus.view.codec import (
-    HEADER,
-    MAGIC,
-    PLANE,
-    UNKNOWN,
-    Picture,
-    PicturePlane,
     PlaneKind,
-    numbered,
     pack,
 )
 from rtfocus.view.scene import LiveSource, Scene
@@ -57,72 +48,6 @@ from rtfocus.view.source_run import (
 from rtfocus.view.viewer import MOST_ASKED
 from rtfocus.writers.check import check_run
 from rtfocus.writers.header import JOURNAL_NAME
-
-
-def unpacked(packed: bytes) -> tuple[tuple, list[tuple[tuple, np.ndarray]]]:
-    """Read a picture as the layout in the codec's docstring says, on its own."""
-    header = HEADER.unpack(packed[: HEADER.size])
-    at, planes = HEADER.size, []
-    for _ in range(header[3]):
-        plane = PLANE.unpack(packed[at : at + PLANE.size])
-        _, dtype, packing, samples, width, height, size, *_ = plane
-        data = packed[at + PLANE.size : at + PLANE.size + size]
-        if packing == 1:
-            split = imagecodecs.lz4_decode(
-                data, header=False, out=2 * width * height * samples
-            )
-            halves = np.frombuffer(split, np.uint8).reshape(2, -1)
-            values = halves[0].astype("<u2") | halves[1].astype("<u2") << 8
-        else:
-            values = np.frombuffer(data, ["<u2", "<f4", "|u1"][dtype])
-        shape = (height, width) if samples == 1 else (height, width, samples)
-        planes.append((plane, values.reshape(shape)))
-        at += PLANE.size + size
-    assert at == len(packed)
-    return header, planes
-
-
-@pytest.mark.parametrize(
-    ("dtype", "shape"), [("<u2", (90, 70)), ("|u1", (64, 80)), ("<u2", (50, 60, 3))]
-)
-def test_a_picture_arrives_bit_for_bit(dtype: str, shape: tuple[int, ...]) -> None:
-    rng = np.random.default_rng(3)
-    raw = rng.poisson(200, shape).astype(dtype)
-    levels = np.array([[np.nan, -2.5], [0.0, 7.25]], np.float32)
-    picture = Picture(
-        planes=(
-            PicturePlane(PlaneKind.RAW, raw, step=2),
-            PicturePlane(PlaneKind.DEFOCUS, levels, 3, 4, 48, signed=True),
-        ),
-        shape=(shape[0] * 2, shape[1] * 2),
-        index={"t": 7, "p": 1, "c": 2, "z": 3},
-        sequence=41,
-        z_um=None,
-        captured_s=1.5,
-        signed=True,
-    )
-    header, planes = unpacked(numbered(pack(picture), 12345))
-    assert header[:2] == (MAGIC, 1)
-    assert header[4:10] == (12345, 41, 7, 1, 2, 3)
-    assert np.isnan(header[10])
-    assert header[12] == UNKNOWN
-    np.testing.assert_array_equal(planes[0][1], raw.astype("<u2"))
-    np.testing.assert_array_equal(planes[1][1], levels)
-    assert planes[1][0][9:] == (3, 4, 48, 1)
-
-
-def test_floats_travel_to_within_a_65535th_of_their_range() -> None:
-    values = np.linspace(-3, 11, 100 * 100, dtype=np.float32).reshape(100, 100)
-    _, [(plane, stored)] = unpacked(
-        pack(Picture((PicturePlane(PlaneKind.RESTORED, values),), values.shape, {}))
-    )
-    scale, offset = plane[7:9]
-    np.testing.assert_allclose(stored * scale + offset, values, atol=14 / 65535)
-
-
-def test_a_cut_off_header_is_no_picture() -> None:
-    with pytest.raises(struct.error):
-        unpacked(pack(Picture((), (4, 4), {}))[:70])
 
 
 @pytest.fixture(scope="module")

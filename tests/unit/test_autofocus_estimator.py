@@ -16,9 +16,9 @@ from rtfocus.autofocus.belief import (
 )
 from rtfocus.autofocus.estimator import (
     EstimatorSettings,
-    _content,
     look_at,
     read_focus,
+    tile_content,
 )
 from rtfocus.frame import DefocusMap, FocusReading, TileGrid
 
@@ -240,5 +240,5 @@ def test_content_is_the_deviation_of_every_second_pixel(
         y, x = (int(origin_px + stride_px * number) for number in place)
         tile = grey[max(y - half, 0) : y + half : 2, max(x - half, 0) : x + half : 2]
         expected[place] = tile.std() if tile.size else 0.0
-    found = _content(pixels, grid, (rows, columns))
+    found = tile_content(pixels, grid, (rows, columns))
     np.testing.assert_allclose(found, expected, rtol=1e-9)

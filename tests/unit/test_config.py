@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from rtfocus.config import Config, load_config, parse_config
-from rtfocus.config.sections import _types
+from rtfocus.config.sections import types_within
 from rtfocus.engines.registry import find_engine, why_unfit
 from rtfocus.errors import ConfigError, EngineError, InputError, WriterError
 from rtfocus.files import resource_folder
@@ -184,7 +184,7 @@ def test_a_config_survives_its_own_dump() -> None:
 def leaves(section: BaseModel, *at: str) -> Iterator[tuple[str, st.SearchStrategy]]:
     """Yield the keys of a section that hold one plain value, and what they may hold."""
     for name, info in type(section).model_fields.items():
-        value, kinds = getattr(section, name), _types(info.annotation)
+        value, kinds = getattr(section, name), types_within(info.annotation)
         words = [word for word in kinds if isinstance(word, str)]
         key = ".".join((*at, name))
         if isinstance(value, BaseModel):
