@@ -31,9 +31,9 @@ from bench.autofocus_scenes import (
     true_optics,
 )
 from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
+from rtfocus.autofocus.execution import Verdict, run_search
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import Limits, MoveRule
-from rtfocus.autofocus.run import Verdict, run_search
 from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from bench import machine
 from bench.autofocus import Reader
 from rtfocus.autofocus.appearance import amplitude_spectrum, sharpness
+from rtfocus.autofocus.execution import Verdict, run_search
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import Limits, MoveRule
-from rtfocus.autofocus.run import Verdict, run_search
 from rtfocus.autofocus.search import FocusSearch
 from rtfocus.channel import OpticalSystem
 from rtfocus.frame import FocusReading

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from rtfocus.evaluation.scores import psnr
-from rtfocus.training.api import trained
+from rtfocus.training.commands import trained
 from rtfocus.training.feed import load_checkpoint
 from rtfocus.training.scenes import Pair, data_folder, load_real_pairs
 

@@ -25,7 +25,7 @@ from rtfocus.drawing.figures import Panel, save_panels
 from rtfocus.evaluation.scores import match_intensity, psnr, ssim
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
-from rtfocus.training.api import trained
+from rtfocus.training.commands import trained
 from rtfocus.training.feed import load_checkpoint
 from rtfocus.training.networks.wei_kernel import reblur
 from rtfocus.training.networks.wei_unet import WeiUNetRecipe, defocus_classes

@@ -20,10 +20,10 @@ from pymmcore_plus.mda import MDAEngine
 
 from rtfocus.autofocus.actions import FocusEngine
 from rtfocus.autofocus.devices import CoreStage, hand_back, take_over
+from rtfocus.autofocus.execution import FocusStage, Verdict
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.autofocus.plans import unfocused
-from rtfocus.autofocus.run import FocusStage, Verdict
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError, TransportError
 from rtfocus.focusing import Focusing, LoopActions, unread
 from rtfocus.frame import Estimate, FocusReading

@@ -299,7 +299,7 @@ def _device(config: Config) -> str:
 
 
 def _search(name: str) -> str:
-    from rtfocus.autofocus.run import find_brought
+    from rtfocus.autofocus.execution import find_brought
 
     return f"search '{name}' of {find_brought(name).value}"
 

@@ -20,6 +20,7 @@ from pymmcore_plus.metadata import FrameMetaV1, SummaryMetaV1
 from pymmcore_plus.metadata.schema import PropertyValue
 
 from rtfocus.autofocus.devices import choices_of, interrupt_at_end, set_back_light
+from rtfocus.autofocus.execution import Verdict
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.autofocus.plans import (
@@ -37,7 +38,6 @@ from rtfocus.autofocus.plans import (
     surface_at,
     unfocused,
 )
-from rtfocus.autofocus.run import Verdict
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 from rtfocus.workers import RUN_CLOCK
 

@@ -74,7 +74,7 @@ def expose(core: CMMCorePlus) -> NDArray[np.generic]:
 
 
 class CoreStage:
-    """The focus stage of a core; see `rtfocus.autofocus.run.FocusStage`."""
+    """The focus stage of a core; see `rtfocus.autofocus.execution.FocusStage`."""
 
     def __init__(self, core: CMMCorePlus) -> None:
         self._core = core

@@ -26,6 +26,17 @@ from rtfocus.autofocus.devices import (
     focus_stage,
     stopped_live,
 )
+from rtfocus.autofocus.execution import (
+    OURS,
+    FocusStage,
+    Search,
+    SearchTask,
+    Step,
+    Verdict,
+    brought_search,
+    find_brought,
+    run_search,
+)
 from rtfocus.autofocus.hold import Key
 from rtfocus.autofocus.planes import PlaneComparison, ZPlane
 from rtfocus.autofocus.plans import (
@@ -37,17 +48,6 @@ from rtfocus.autofocus.plans import (
     with_measured_backlash,
 )
 from rtfocus.autofocus.policy import Limits, MoveRule, way_um
-from rtfocus.autofocus.run import (
-    OURS,
-    FocusStage,
-    Search,
-    SearchTask,
-    Step,
-    Verdict,
-    brought_search,
-    find_brought,
-    run_search,
-)
 from rtfocus.autofocus.search import FocusSearch
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.model import AutofocusConfig

@@ -15,8 +15,8 @@ import numpy as np
 
 from rtfocus.autofocus.appearance import Appearance, DefocusModels, Floats, Spectrum
 from rtfocus.autofocus.belief import Drift, modes_of_weights
+from rtfocus.autofocus.execution import Verdict
 from rtfocus.autofocus.policy import Limits, MoveRule
-from rtfocus.autofocus.run import Verdict
 from rtfocus.frame import Estimate, FocusReading
 
 Key = tuple[int | None, int | None]

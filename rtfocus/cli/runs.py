@@ -289,7 +289,7 @@ def export(
     refuse_options(of_run, f"'{source}' is no run folder")
     # Of a run nothing is trained, and what trains takes long to import.
     need_torch()
-    from rtfocus.training.api import export_command
+    from rtfocus.training.commands import export_command
 
     export_command(
         source,

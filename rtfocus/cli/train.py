@@ -124,7 +124,7 @@ def train(
         typer.echo(f"engine '{engine.name}' with README and picture in '{engine}'")
         typer.echo(verdict.text)
         return
-    from rtfocus.training.api import train_command
+    from rtfocus.training.commands import train_command
 
     train_command(
         find_config(str(recipe)),

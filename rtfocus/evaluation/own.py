@@ -38,7 +38,12 @@ from rtfocus.files import remove, whole
 from rtfocus.images.optics import StatedOptics, in_short, stated_optics
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.images.reading import FoundImages, companions, find_images
-from rtfocus.training.api import REFINED, export_engine, refining_recipe, write_card
+from rtfocus.training.commands import (
+    REFINED,
+    export_engine,
+    refining_recipe,
+    write_card,
+)
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.trainer import Trainer, choose_device, train
 

@@ -19,7 +19,7 @@ from rtfocus.errors import InputError, ProtocolError, RtfocusError
 from rtfocus.frame import PROTOCOL_VERSION, Act, SeriesStart
 from rtfocus.transport.viewer import Preview, PreviewStatus, PreviewViewer, Request
 from rtfocus.view.codec import Picture, live_picture, pack
-from rtfocus.view.source_run import (
+from rtfocus.view.stored_run import (
     Cutout,
     Place,
     StoredRun,

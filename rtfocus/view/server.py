@@ -27,7 +27,7 @@ from starlette.websockets import WebSocket
 from rtfocus.errors import ConfigError, InputError, RtfocusError, TransportError
 from rtfocus.transport.sockets import is_local
 from rtfocus.view.scene import Scene
-from rtfocus.view.source_run import Cutout, Place
+from rtfocus.view.stored_run import Cutout, Place
 from rtfocus.view.viewer import Viewer, snapshot
 
 COOKIE = "rtfocus_token"

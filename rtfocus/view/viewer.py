@@ -26,7 +26,7 @@ from rtfocus.images.ome_xml import write_tiff
 from rtfocus.images.series import ImageChannel, ImageSeries
 from rtfocus.view.codec import PlaneKind, numbered
 from rtfocus.view.scene import Packed, Scene
-from rtfocus.view.source_run import Cutout, Place
+from rtfocus.view.stored_run import Cutout, Place
 
 MOST_BYTES = 4096
 """Of a message of a page; none of ours comes near."""

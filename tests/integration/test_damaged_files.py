@@ -20,7 +20,7 @@ from rtfocus.errors import ConfigError, ExitCode, InputError, OutputError, Write
 from rtfocus.images.optics import stated_optics
 from rtfocus.report.page import write_page
 from rtfocus.runs import open_run
-from rtfocus.view.source_run import report_of
+from rtfocus.view.stored_run import report_of
 from rtfocus.writers.check import check_run
 
 DEEP = b'{"a":' * 5000

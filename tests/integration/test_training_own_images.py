@@ -13,7 +13,7 @@ from rtfocus.errors import ConfigError
 from rtfocus.evaluation import own, samples
 from rtfocus.evaluation.own import OwnWish, train_own
 from rtfocus.specimens import draw_specimen
-from rtfocus.training.api import refining_recipe
+from rtfocus.training.commands import refining_recipe
 from rtfocus.training.recipe import PoolRecipe, RecipeBase
 
 LONG = "RTFOCUS_LONG"

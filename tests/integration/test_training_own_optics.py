@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from rtfocus.files import resource_folder
-from rtfocus.training.api import export_command, train_command
+from rtfocus.training.commands import export_command, train_command
 
 OPTICS = "NA=0.5,wavelength=520,pixel=0.5,spherical=-0.15"
 

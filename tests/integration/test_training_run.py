@@ -13,7 +13,7 @@ import yaml
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.api import export_command, train_command, trained
+from rtfocus.training.commands import export_command, train_command, trained
 from rtfocus.training.feed import load_checkpoint, save_checkpoint
 from rtfocus.training.layers import fold_batch_norm
 from rtfocus.training.level_tiles import (

@@ -8,7 +8,7 @@ import torch
 
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.engines.card import read_card, verified_file
-from rtfocus.training.api import export_engine, trained
+from rtfocus.training.commands import export_engine, trained
 from rtfocus.training.feed import load_checkpoint
 from rtfocus.training.networks.wei_unet import (
     WeiKernelSection,

@@ -11,7 +11,7 @@ import torch
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.engines.card import read_card, verified_file
 from rtfocus.files import resource_folder
-from rtfocus.training.api import export_engine, trained
+from rtfocus.training.commands import export_engine, trained
 from rtfocus.training.feed import load_checkpoint, save_checkpoint
 from rtfocus.training.networks.blind_restorers import (
     MultiScaleRecipe,

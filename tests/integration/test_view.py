@@ -38,7 +38,7 @@ from rtfocus.view.codec import (
 )
 from rtfocus.view.scene import LiveSource, Scene
 from rtfocus.view.server import Listening, PageServer
-from rtfocus.view.source_run import (
+from rtfocus.view.stored_run import (
     Cutout,
     StoredRun,
     Traces,

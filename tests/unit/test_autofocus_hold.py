@@ -17,10 +17,10 @@ from rtfocus.autofocus.appearance import (
 )
 from rtfocus.autofocus.belief import Drift, Mode, modes_of_weights
 from rtfocus.autofocus.devices import CoreStage
+from rtfocus.autofocus.execution import Verdict
 from rtfocus.autofocus.hold import Correction, Holder, SpectrumAtZ
 from rtfocus.autofocus.plans import surface_at
 from rtfocus.autofocus.policy import Limits, MoveRule
-from rtfocus.autofocus.run import Verdict
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.errors import TransportError

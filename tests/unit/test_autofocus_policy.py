@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rtfocus.autofocus.execution import run_search
 from rtfocus.autofocus.planes import PlaneComparison
 from rtfocus.autofocus.policy import (
     GiveUp,
@@ -18,7 +19,6 @@ from rtfocus.autofocus.policy import (
     Stay,
     path_of,
 )
-from rtfocus.autofocus.run import run_search
 from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.channel import OpticalSystem
 from rtfocus.frame import FocusReading

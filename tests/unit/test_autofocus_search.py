@@ -17,11 +17,11 @@ from rtfocus.autofocus.appearance import (
     modulation_table,
     sharpness,
 )
+from rtfocus.autofocus.execution import Verdict, run_search
 from rtfocus.autofocus.looks import Look
 from rtfocus.autofocus.planes import FocusCalibration, PlaneComparison
 from rtfocus.autofocus.plans import move_rule, save_calibration
 from rtfocus.autofocus.policy import Limits, MoveRule, Probe, Stay
-from rtfocus.autofocus.run import Verdict, run_search
 from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.autofocus.survey import Survey
 from rtfocus.channel import Aberrations, OpticalSystem

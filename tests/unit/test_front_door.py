@@ -17,7 +17,7 @@ import pytest
 from pymmcore_plus import CMMCorePlus
 
 import rtfocus
-from rtfocus.autofocus.run import Verdict
+from rtfocus.autofocus.execution import Verdict
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config
 from rtfocus.frame import BACKGROUND, DefocusMap, SlotPool, TileGrid

@@ -9,7 +9,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.images.optics import read_optics
-from rtfocus.training.api import own_recipe, train_command
+from rtfocus.training.commands import own_recipe, train_command
 from rtfocus.training.level_tiles import draw_optics
 from rtfocus.training.recipe import RecipeBase, load_recipe
 from rtfocus.training.scenes import load_fields

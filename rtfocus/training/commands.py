@@ -128,7 +128,7 @@ def export_engine(
     half_weights
         Store weights in 16 bits, see `rtfocus.training.onnx_forms`.
     precisions
-        Files to write, see `rtfocus.training.api`.
+        Files to write, see `rtfocus.training.commands`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A run folder as a source: its planes, its frames so far, and what it says of itself.
+"""Stored run: its planes, its frames so far, and what its folder says of them.
 
 For a finished run as for one that is being written: the journal is read on from where
 it was, and only what is durable is shown. `Traces` holds the frames of any run, stored

@@ -1,4 +1,4 @@
-"""Run: one search carried out on a stage, from its first image to its verdict.
+"""Execution: one search carried out on a stage, from its first image to its verdict.
 
 The search is ours, or one that an installed package brings; both are sent only where
 the limits allow.
