@@ -1,9 +1,10 @@
-"""Exports: a finished run for other programs, as OME-TIFF or as plain OME-Zarr.
+"""Exports: a run for other programs, as OME-TIFF or plain OME-Zarr; its frames as CSV.
 
 What the journal knows of a frame, its time, exposure and z, goes into the OME-XML; what
 is missing is said, not made up.
 """
 
+import csv
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from rtfocus.images.ome_zarr import read_ome_zarr
 from rtfocus.images.outputs import ImageOutput, OutputGuard
 from rtfocus.images.series import ImageSeries, StagePosition
 from rtfocus.images.zarr_writing import ZarrForm
-from rtfocus.runs import Kind, Run
+from rtfocus.runs import NUMBERS, Kind, Run
 from rtfocus.writers.arrays import list_shards
 from rtfocus.writers.header import (
     INNER,
@@ -194,6 +195,45 @@ class RunExport:
                 "or write .ome.tif"
             )
             raise InputError(msg)
+
+
+def write_table(run: Run, output: Path, *, overwrite: bool = False) -> int:
+    """Write a row per frame as CSV, in UTF-8; return the number of frames.
+
+    Columns are ``time_s`` since the first frame, the names of position and channel,
+    and those of `Run.frames`. What is unknown is empty. Also of an unfinished run.
+
+    Raises
+    ------
+    OutputError
+        If the output must not be replaced, or cannot be written.
+    WriterError
+        If the journal cannot be read.
+    """
+    guard = OutputGuard([run.folder], overwrite=overwrite)
+    guard.claim(output)
+    frames, unknown = run.frames, {name: value for name, _, value in NUMBERS}
+    columns = frames.dtype.names or ()
+    captured = [int(ns) for ns in frames["captured_ns"] if ns != unknown["captured_ns"]]
+    first_ns = min(captured, default=0)
+    with (
+        guard.whole(output) as part,
+        part.open("w", encoding="utf-8", newline="") as file,
+    ):
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["time_s", "position", "channel", *columns])
+        for frame in frames.tolist():
+            # NaN alone differs from itself.
+            row = {
+                name: None if value == unknown.get(name) or value != value else value
+                for name, value in zip(columns, frame, strict=True)
+            }
+            ns, p, c = row["captured_ns"], row["p"], row["c"]
+            seconds = None if ns is None else round((ns - first_ns) / 1e9, 6)
+            position = None if p is None else run.positions[p]
+            channel = None if c is None else run.channels[c]
+            table.writerow([seconds, position, channel, *row.values()])
+    return len(frames)
 
 
 def _existing(run: Run, kinds: Sequence[Kind]) -> list[Kind]:

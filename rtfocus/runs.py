@@ -33,7 +33,7 @@ from rtfocus.writers.places import AXES, position_paths
 
 Kind = Literal["raw", "restored", "defocus", "deviation", "expected_error"]
 
-_NUMBERS = (
+NUMBERS = (
     ("sequence", np.int64, -1),
     *((axis, np.int32, -1) for axis in AXES),
     ("captured_ns", np.int64, -1),
@@ -310,7 +310,7 @@ class Run:
         WriterError
             If the journal cannot be read.
         """
-        types = [(name, dtype) for name, dtype, _ in _NUMBERS]
+        types = [(name, dtype) for name, dtype, _ in NUMBERS]
         texts = [(name, object) for name in _TEXTS]
         path = self.folder / JOURNAL_NAME
         try:
@@ -346,7 +346,7 @@ def _row(line: Line) -> tuple[Any, ...]:
     known = {**line, **(line.get("index") or {}), **(line.get("estimate") or {})}
     numbers = (
         unknown if known.get(name) is None else known[name]
-        for name, _, unknown in _NUMBERS
+        for name, _, unknown in NUMBERS
     )
     why = next((line[k] for k in ("error", "reason", "skipped") if line.get(k)), None)
     return (*numbers, line["status"], line.get("role"), why, line.get("file"))

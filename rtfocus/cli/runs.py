@@ -223,8 +223,8 @@ def export(
         typer.Option(
             "--output",
             "-o",
-            help="Of a run, by its ending: .ome.tif, .ome.zarr, or a folder of "
-            "OME-TIFFs. Of a checkpoint: the engine folder.",
+            help="Of a run, by its ending: .ome.tif, .ome.zarr, .csv for the table of "
+            "its frames, or a folder of OME-TIFFs. Of a checkpoint: the engine folder.",
         ),
     ],
     image: Annotated[
@@ -264,7 +264,7 @@ def export(
     """Export a run for other programs, or a checkpoint as an engine folder.
 
     A run becomes OME-TIFF or plain OME-Zarr, unsharded and with a
-    pyramid.
+    pyramid; its frames with their defocus become a table.
 
     [bold]Example:[/] rtfocus export runs/day1.rtfocus -o day1.ome.tif
 
@@ -310,9 +310,15 @@ def _export_run(
 ) -> None:
     if zarr_version != "0.5" and output.suffix.lower() != ".zarr":
         refuse_options({"--zarr-version": zarr_version}, f"'{output}' is no OME-Zarr")
-    from rtfocus.exports import RunExport
+    from rtfocus.exports import RunExport, write_table
     from rtfocus.runs import open_run
 
+    if output.suffix.lower() == ".csv":
+        whole = {"--image": images or None}
+        refuse_options(whole, f"'{output}' is a table of all frames")
+        frames = write_table(open_run(folder), output, overwrite=overwrite)
+        typer.echo(f"exported {number_of(frames, 'frame')} to {output}")
+        return
     export = RunExport(
         open_run(folder),
         output,

@@ -198,6 +198,7 @@ _NAME = "rtfocus"
 TEXT_MARK = f"# written by {SOFTWARE}"
 """First line of YAML results."""
 _TEXT_BEGIN = TEXT_MARK.rpartition(" ")[0].encode()
+_TABLE_BEGIN = b"time_s,position,channel,sequence,"
 _ENGINE_CARD = "engine.yaml"
 TIFF_ENDINGS = (".tif", ".tiff")
 _ENDINGS = (
@@ -288,7 +289,7 @@ def png_mark() -> "PngInfo":
 
 def _is_text_result(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(len(_TEXT_BEGIN)) == _TEXT_BEGIN
+        return file.read(64).startswith((_TEXT_BEGIN, _TABLE_BEGIN))
 
 
 def _is_exported_engine(folder: Path) -> bool:

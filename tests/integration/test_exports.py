@@ -1,5 +1,6 @@
 """A finished run as OME-TIFF and as plain OME-Zarr, read back by other libraries."""
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rtfocus.errors import ExitCode
 from rtfocus.frame import Position, SeriesStart
 from rtfocus.images.metadata import written_by_rtfocus
 from rtfocus.images.ome_zarr import read_ome_zarr
+from rtfocus.runs import open_run
 
 CHANNELS = [
     Channel("DAPI", OpticalSystem(0.8, 460.0, 0.325)),
@@ -224,6 +226,32 @@ def test_only_an_own_and_untouched_export_is_replaced(sites, tmp_path):
     )
 
 
+def test_the_table_of_frames_is_read_by_any_reader_of_csv(sites, tmp_path):
+    folder, series = sites
+    output = tmp_path / "frames.csv"
+    export = ("export", folder, "-o", output)
+    assert "exported 8 frames to" in succeeded(command(*export))
+    rows = list(csv.DictReader(output.read_text("utf-8").splitlines()))
+    known = open_run(folder).frames
+    assert [int(row["sequence"]) for row in rows] == list(range(8))
+    for row, frame in zip(rows, known, strict=True):
+        assert row["position"] == series.positions[frame["p"]].name
+        assert row["channel"] == CHANNELS[frame["c"]].name
+        assert row["status"] == frame["status"]
+        for name in ("z_um", "defocus_um", "exposure_ms"):
+            number = float(row[name]) if row[name] else np.nan
+            np.testing.assert_equal(number, frame[name])
+    lost = rows[6]
+    assert (lost["status"], lost["defocus_um"], lost["level"]) == ("missing", "", "")
+    assert (lost["time_s"], rows[0]["time_s"]) == ("", "0.0")
+    assert float(rows[-1]["time_s"]) > 0
+    failed(command(*export), ExitCode.INPUT)
+    succeeded(command(*export, "--overwrite"))
+    output.write_text("mine,not yours\n", "utf-8")
+    failed(command(*export, "--overwrite"), ExitCode.INPUT)
+    assert "--image cannot be used" in failed(command(*export, "--image", "raw"))
+
+
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):
     folder = tmp_path / "cut.rtfocus"
     with recording(folder, make_series(), restored=False) as run:
@@ -232,6 +260,8 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path)
     output = tmp_path / "cut.ome.tif"
     said = failed(command("export", folder, "-o", output))
     assert "is not finished" in said
+    table = tmp_path / "so_far.csv"
+    assert "exported 1 frame to" in succeeded(command("export", folder, "-o", table))
     assert f"rtfocus check {folder} --repair" in said
     said = failed(command("export", folder, "-o", output, "--precision", "fp16"))
     assert "--precision cannot be used" in said
