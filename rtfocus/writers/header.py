@@ -133,10 +133,10 @@ def read_header(folder: Path) -> RunHeader:
 def _meant_by(folder: Path) -> str:
     """Say which run a path may mean that is the name of one, in one or around some."""
     beside, within = f"{folder}.rtfocus", glob(f"{escape(str(folder))}/*.rtfocus")
-    for near in (beside, *map(str, folder.parents), *sorted(within)):
-        if os.path.lexists(os.path.join(near, HEADER_NAME)):
-            return f"did you mean '{near}'?"
-    return "give a NAME.rtfocus"
+    others = (*map(str, folder.parents), *sorted(within))
+    near = [beside] if os.path.lexists(beside) else []
+    near += [run for run in others if os.path.lexists(os.path.join(run, HEADER_NAME))]
+    return f"did you mean '{near[0]}'?" if near else "give a NAME.rtfocus"
 
 
 def series_in_words(series: SeriesStart) -> str:
