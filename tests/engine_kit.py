@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import onnx
 import yaml
-from onnx import TensorProto, helper, numpy_helper
+from network_kit import float_tensor
+from onnx import helper, numpy_helper
 
 ENTRIES = (
     "sampling",
@@ -237,8 +238,8 @@ def _write(
     graph = helper.make_graph(
         nodes,
         folder.name,
-        [_tensor(name, shape) for name, shape in shapes.items()],
-        [_tensor(name, shape) for name, shape in outputs.items()],
+        [float_tensor(name, shape) for name, shape in shapes.items()],
+        [float_tensor(name, shape) for name, shape in outputs.items()],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
@@ -259,7 +260,3 @@ def _write(
     }
     (folder / "engine.yaml").write_text(yaml.safe_dump(whole), encoding="utf-8")
     return folder
-
-
-def _tensor(name: str, shape: list[Any]) -> Any:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)

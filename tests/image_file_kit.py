@@ -29,6 +29,11 @@ def flat(value: float, dtype: str = "u2", shape: tuple[int, ...] = (8, 9)):
     return np.full(shape, value, dtype)
 
 
+def as_output(series: ImageSeries) -> OutputImage:
+    planes = (series.read(**index) for index in series.indices())
+    return OutputImage(series, series.dtype, planes)
+
+
 def ome_pixels(body: str, attributes: str = "", **sizes: int) -> str:
     """Pixels element of 9 x 8 pixels with other sizes 1 unless given."""
     lengths = {"Z": 1, "C": 1, "T": 1, **sizes}

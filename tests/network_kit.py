@@ -34,10 +34,10 @@ def write_restorer(path: Path, *, half: bool = False) -> Path:
         nodes,
         "restorer",
         [
-            _tensor("tiles", ["n", 1, "height", "width"]),
-            _tensor("condition", ["n", CONDITION_ENTRIES]),
+            float_tensor("tiles", ["n", 1, "height", "width"]),
+            float_tensor("condition", ["n", CONDITION_ENTRIES]),
         ],
-        [_tensor("restored", ["n", 1, "height", "width"])],
+        [float_tensor("restored", ["n", 1, "height", "width"])],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     return _save(graph, path)
@@ -49,8 +49,8 @@ def write_with_operator(path: Path, operator: str, node_name: str) -> Path:
     graph = helper.make_graph(
         [node],
         "odd",
-        [_tensor("tiles", ["n", 1, "height", "width"])],
-        [_tensor("restored", ["n", 1, "height", "width"])],
+        [float_tensor("tiles", ["n", 1, "height", "width"])],
+        [float_tensor("restored", ["n", 1, "height", "width"])],
     )
     return _save(graph, path, check=False)
 
@@ -151,7 +151,7 @@ def _onnx_type(dtype: type) -> int:
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
 
-def _tensor(name: str, shape: list[int | str]) -> onnx.ValueInfoProto:
+def float_tensor(name: str, shape: list[int | str]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
@@ -162,3 +162,7 @@ def _save(graph: onnx.GraphProto, path: Path, *, check: bool = True) -> Path:
         onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def relative_l2(found: NDArray[np.generic], wanted: NDArray[np.generic]) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))

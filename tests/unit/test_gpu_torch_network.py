@@ -13,6 +13,7 @@ import torch
 from network_kit import (
     CONDITION_ENTRIES,
     quantise,
+    relative_l2,
     write_restorer,
     write_with_operator,
 )
@@ -269,10 +270,6 @@ def write(path: Path, nodes: list[onnx.NodeProto], constants: dict[str, Array]) 
     model.ir_version = 9
     path.write_bytes(model.SerializeToString())
     return path
-
-
-def relative_l2(found: Array, wanted: Array) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
-from image_file_kit import write_images
+from image_file_kit import as_output, write_images
 from PIL import Image
 
 from rtfocus.errors import InputError, OutputError
-from rtfocus.images.metadata import OutputImage
 from rtfocus.images.reading import open_images, stretch_histogram
 from rtfocus.images.series import ImageSeries
 
@@ -37,11 +36,6 @@ def as_series(pixels: np.ndarray, name: str = "image") -> ImageSeries:
         pixel_size_x_um=0.65,
         z_step_um=2.0,
     )
-
-
-def as_output(series: ImageSeries) -> OutputImage:
-    planes = (series.read(**index) for index in series.indices())
-    return OutputImage(series, series.dtype, planes)
 
 
 @pytest.mark.parametrize("ending", [".tif", ".ome.tiff", ".ome.zarr"])

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from image_file_kit import flat, means, ngff_axes, write_images, write_ngff
+from image_file_kit import as_output, flat, means, ngff_axes, write_images, write_ngff
 from PIL import Image
 
 from rtfocus.errors import InputError
-from rtfocus.images.metadata import OutputImage
 from rtfocus.images.reading import find_images, open_images
 
 
@@ -92,16 +91,11 @@ def test_what_may_not_be_looked_into_does_not_stop_the_others(
     assert "Permission denied" in found.broken[2].reason
 
 
-def restored(series) -> OutputImage:
-    planes = (series.read(**index) for index in series.indices())
-    return OutputImage(series, series.dtype, planes)
-
-
 def test_results_among_the_images_are_no_inputs(tmp_path) -> None:
     fill(tmp_path, ["0.tif", "1.tif"])
     first = open_images(tmp_path)
-    write_images(tmp_path / "restored", [restored(one) for one in first])
-    write_images(tmp_path / "r.ome.zarr", [restored(first[0])])
+    write_images(tmp_path / "restored", [as_output(one) for one in first])
+    write_images(tmp_path / "r.ome.zarr", [as_output(first[0])])
     found = find_images(tmp_path)
     assert [one.path.name for one in found.series] == ["0.tif", "1.tif"]
     assert len(found.skipped) == 3

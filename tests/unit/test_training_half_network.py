@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from network_kit import CONDITION_ENTRIES, write_restorer
+from network_kit import CONDITION_ENTRIES, relative_l2, write_restorer
 from onnx import TensorProto, helper, numpy_helper
 
 from rtfocus.errors import EngineError
@@ -34,10 +34,6 @@ def write(path: Path, nodes: list[onnx.NodeProto], **constants: np.ndarray) -> P
     model.ir_version = 9
     path.write_bytes(model.SerializeToString())
     return path
-
-
-def relative_l2(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 def test_a_restorer_in_16_bits_is_near_and_half_as_large(tmp_path: Path) -> None:
