@@ -257,8 +257,9 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
         msg = f"{whose} has broken multiscales metadata: {why}; export it again"
         raise InputError(msg) from error
     lengths = {axis.name: axis.length for axis in axes}
-    if not isinstance(array, zarr.Array) or not {"y", "x"} <= set(lengths):
-        msg = f"{whose} has axes {[*lengths]}; it needs y and x"
+    is_image = isinstance(array, zarr.Array) and {"y", "x"} <= set(lengths)
+    if not is_image or 0 in lengths.values():
+        msg = f"{whose} has axes {lengths}; it needs y and x, and none of length 0"
         raise InputError(msg)
     own = [axis for axis in axes if axis.name not in "tczyx"]
     if math.prod(axis.length for axis in own) > MOST_IMAGES:

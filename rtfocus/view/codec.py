@@ -61,6 +61,8 @@ class Flag(IntFlag):
     """A region of the picture before, with all its pixels."""
     ABSENT = 4
     """Nothing is stored at this place."""
+    UNREADABLE = 8
+    """Of what is stored there something cannot be read, or is gone."""
 
 
 class Packing(IntEnum):

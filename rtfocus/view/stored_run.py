@@ -311,7 +311,10 @@ class StoredRun:
             part = self._region(place, region)
             return Picture(planes=part, flags=Flag.DETAIL, **shown)
         planes, saturated = self._whole(place)
-        return Picture(planes=planes, saturated=saturated, **shown)
+        read = {plane.kind for plane in planes}
+        stored = [kind for name, kind in _IMAGES if name in (line.get("stored") or ())]
+        flags = Flag.NOTHING if read.issuperset(stored) else Flag.UNREADABLE
+        return Picture(planes=planes, saturated=saturated, flags=flags, **shown)
 
     def plane(self, name: ImageName, place: Place) -> NDArray[np.generic]:
         """Return a stored plane, (y, x) or (y, x, 3).

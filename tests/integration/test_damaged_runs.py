@@ -16,6 +16,8 @@ from rtfocus.frame import FrameResult, Position, SeriesStart
 from rtfocus.images.reading import open_images
 from rtfocus.napari.reader import read_layers
 from rtfocus.runs import open_run
+from rtfocus.view.codec import Flag
+from rtfocus.view.stored_run import StoredRun, Traces
 from rtfocus.writers.check import check_run
 from rtfocus.writers.finish import complete_restoration
 
@@ -83,6 +85,11 @@ def test_a_damaged_plane_is_read_by_nobody(damage, run) -> None:
     with pytest.raises(InputError, match="cannot be read at"):
         pixels["left default"][1].compute(scheduler="synchronous")
     assert pixels["left default"][2].compute(scheduler="synchronous").any()
+    shown = StoredRun.open(run, Traces())
+    shown.read_on()
+    assert shown.picture((0, 0, 0, 0)).flags is Flag.NOTHING
+    assert shown.picture((1, 1, 0, 0)).flags is Flag.ABSENT
+    assert shown.picture((1, 0, 0, 0)).flags is Flag.UNREADABLE
     (problem,) = check_run(run).problems
     assert problem.startswith("frame 2 in raw: ")
 

@@ -232,6 +232,12 @@ def test_a_bioformats2raw_collection_takes_names_from_its_ome_xml(tmp_path) -> N
     assert series[10].channel_names == ("GFP",)
 
 
+def test_an_image_of_length_0_is_refused(tmp_path) -> None:
+    write_ngff(tmp_path / "a.zarr", np.zeros((0, 8, 9)), ngff_axes("zyx"), [1, 1, 1])
+    with pytest.raises(InputError, match=r"axes \{'z': 0, .* none of length 0"):
+        open_images(tmp_path / "a.zarr")
+
+
 def test_an_image_that_a_collection_lists_is_missed(tmp_path) -> None:
     root = tmp_path / "many.zarr"
     for name in "01":

@@ -5,7 +5,7 @@ const PLANE_BYTES = 40;
 const UNKNOWN = 0xffffffff;
 
 export const RAW = 0, RESTORED = 1, DEFOCUS = 2, SATURATION = 3, DEVIATION = 4, EXPECTED_ERROR = 5;
-export const LIVE = 1, DETAIL = 2, ABSENT = 4;
+export const LIVE = 1, DETAIL = 2, ABSENT = 4, UNREADABLE = 8;
 
 // One LZ4 block (https://github.com/lz4/lz4/blob/dev/doc/lz4_Block_format.md).
 export function unpackLz4(source, size) {

@@ -1,6 +1,6 @@
 // Main: the socket, what is looked at, and the controls around the image.
 
-import { unpack, RAW, RESTORED, DEFOCUS, EXPECTED_ERROR, ABSENT, DETAIL, LIVE } from "./codec.js";
+import { unpack, RAW, RESTORED, DEFOCUS, EXPECTED_ERROR, ABSENT, DETAIL, LIVE, UNREADABLE } from "./codec.js";
 import { openDrawing } from "./drawing.js";
 import { Histogram, sample, statistics } from "./histogram.js";
 import { MAPS, duration, quantile, short, tileInWords } from "./maps.js";
@@ -95,7 +95,9 @@ function takePicture(picture) {
   if (!(picture.flags & ABSENT)) offerMaps(picture);
   const count = [RAW, RESTORED].filter((kind) => picture.planes[kind]).length;
   if (count !== stage.count) { stage.count = count; if (stage.fitted) stage.fit(); }
-  say(picture.flags & ABSENT ? `no frame here: t ${picture.t}, position ${state.series?.positions[picture.p] ?? picture.p}, z ${picture.z}` : "");
+  const where = `t ${picture.t}, position ${state.series?.positions[picture.p] ?? picture.p}, z ${picture.z}`;
+  const unread = picture.flags & UNREADABLE ? `cannot be read, rtfocus check names the files: ${where}` : "";
+  say(picture.flags & ABSENT ? `no frame here: ${where}` : unread);
   findWindows(picture);
   if (state.follow) { $("t").max = Math.max($("t").max, picture.t); $("t").value = picture.t; if (state.place.z === null) $("z").value = picture.z; }
   traces.setChannel(picture.c); traces.setCursor(picture.seconds);
