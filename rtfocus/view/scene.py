@@ -377,15 +377,7 @@ class LiveSource(Source):
         scene.numbers = {**status.metrics, "preview_dropped": status.dropped}
         traces, started_ns = scene.traces, status.series.started_ns
         for point in status.points:
-            traces.add(
-                point.sequence,
-                seconds=(point.captured_ns - started_ns) / 1e9,
-                place=place_of(point.index),
-                role=point.role,
-                z_um=point.z_um,
-                defocus_um=point.defocus_um,
-                confidence=point.confidence,
-            )
+            traces.add(point, started_ns)
         for number, line in status.focus:
             # The folder's own log has them too, where it lies here.
             if number > self._focus and scene.stored is None:

@@ -28,6 +28,7 @@ from rtfocus.transport.viewer import (
     FocusLine,
     HoldLine,
     LookLine,
+    Point,
     RequestLine,
     VerdictLine,
     focus_line,
@@ -50,26 +51,17 @@ class Traces:
         self._rows: list[list[Any]] = []
         self._marks: list[list[Any]] = []
 
-    def add(
-        self,
-        sequence: int,
-        *,
-        seconds: float,
-        place: tuple[int, int, int, int],
-        role: str = Role.RECORD.value,
-        z_um: float | None = None,
-        defocus_um: float | None = None,
-        confidence: float = 0.0,
-    ) -> None:
-        """Take a frame in; `place` is (t, p, c, z)."""
+    def add(self, point: Point, started_ns: int) -> None:
+        """Take a frame in, of a series that began then."""
+        seconds = (point.captured_ns - started_ns) / 1e9
+        measured = [seconds, point.z_um, point.defocus_um, point.confidence]
+        is_probe = int(point.role == Role.FOCUS.value)
+        row = [*measured, is_probe, *place_of(point.index), point.sequence]
         with self._lock:
-            if sequence in self._seen or len(self._rows) >= MOST_POINTS:
+            if point.sequence in self._seen or len(self._rows) >= MOST_POINTS:
                 return
-            self._seen.add(sequence)
-            is_probe = int(role == Role.FOCUS.value)
-            self._rows.append(
-                [seconds, z_um, defocus_um, confidence, is_probe, *place, sequence]
-            )
+            self._seen.add(point.sequence)
+            self._rows.append(row)
 
     def mark(self, kind: str, seconds: float, text: str, z_um: float | None) -> None:
         """Take an event in, as a ``move``, ``refusal``, ``verdict`` or ``loss``."""
@@ -247,17 +239,20 @@ class StoredRun:
         if status in (MISSING, IN_ERROR):
             why = str(line.get("place") or line.get("reason") or status)
             self.lost[why] = self.lost.get(why, 0) + 1
-        elif (seconds := _captured_s(line, started_ns)) is not None:
+        elif (captured_ns := line.get("captured_ns")) is not None:
             found = line.get("estimate") or {}
-            self.traces.add(
-                int(line["sequence"]),
-                seconds=seconds,
-                place=place,
+            point = Point(
+                sequence=int(line["sequence"]),
                 role=str(line.get("role", "record")),
+                index=index,
+                captured_ns=int(captured_ns),
                 z_um=line.get("z_um"),
                 defocus_um=found.get("defocus_um"),
+                signed=bool(found.get("signed")),
                 confidence=float(found.get("confidence") or 0.0),
+                refusal=None,
             )
+            self.traces.add(point, started_ns)
         with self._lock:
             if status in (WRITTEN, MISSING, IN_ERROR):
                 self._lines[place] = msgspec.json.encode(line)
