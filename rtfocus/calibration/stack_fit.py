@@ -136,7 +136,7 @@ def _planes(path: Path, series: Sequence[ImageSeries], channel: int) -> Image:
 
 def _read_z(path: Path, count: int) -> Floats:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         msg = f"'{path}' cannot be read: {error}"
         raise InputError(msg) from error
@@ -144,7 +144,11 @@ def _read_z(path: Path, count: int) -> Floats:
     if len(values) != count:
         msg = f"'{path}' lists {len(values)} z positions for {count} planes"
         raise InputError(msg)
-    return np.array(values)
+    z_um = np.array(values)
+    if not np.isfinite(z_um).all() or len(set(values)) < count:
+        msg = f"'{path}' must list another z for every plane, each a finite number"
+        raise InputError(msg)
+    return z_um
 
 
 def _number(line: str) -> float | None:

@@ -264,7 +264,7 @@ def start_from(task: Task[Any], source: Path) -> None:
     folder = engine_folder(source)
     try:
         if folder is None:
-            task.take_state(load_checkpoint(source)[1]["average"])
+            task.take_state(_average_in(source, load_checkpoint(source)[1]))
         else:
             task.take_exported(read_weights(folder))
     except (KeyError, RuntimeError) as error:
@@ -332,7 +332,7 @@ def mean_state(
         If a checkpoint cannot be read or one is of another network.
     """
     recipe, state = load_checkpoint(checkpoint)
-    own: dict[str, Tensor] = state["average"]
+    own = _average_in(checkpoint, state)
     averages = [own]
     for other in others:
         average = _average_of(other, recipe)
@@ -355,11 +355,17 @@ def mean_state(
     return recipe, {**state, "average": mean}
 
 
+def _average_in(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    average = state.get("average")
+    if not isinstance(average, dict):
+        raise ConfigError(_no_checkpoint(path))
+    return average
+
+
 def _average_of(source: Path, recipe: RecipeBase) -> dict[str, Tensor]:
     """Return the weights of a checkpoint, or of an engine of a recipe's network."""
     if engine_folder(source) is None:
-        average: dict[str, Tensor] = load_checkpoint(source)[1]["average"]
-        return average
+        return _average_in(source, load_checkpoint(source)[1])
     task = make_task(recipe)
     start_from(task, source)
     return task.network.state_dict()

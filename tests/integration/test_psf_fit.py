@@ -199,6 +199,14 @@ def test_a_stack_without_distances_is_refused(tmp_path: Path) -> None:
     short.write_text("0\n1\n", encoding="utf-8")
     with pytest.raises(InputError, match="2 z positions for 5 planes"):
         run("--stack", stack, "--z-csv", short, *OPTICS)
+    for wrong in ("0\n1\nnan\n3\n4\n", "0\n1\n1e999\n3\n4\n", "0\n1\n1\n3\n4\n"):
+        short.write_text(wrong, encoding="utf-8")
+        with pytest.raises(InputError, match=r"z\.csv' must list another z for every"):
+            run("--stack", stack, "--z-csv", short, *OPTICS)
+    # A spreadsheet begins a file with a mark.
+    short.write_text("4\n3\n2\n1\n0\n", encoding="utf-8-sig")
+    with pytest.raises(InputError, match="no structure"):
+        run("--stack", stack, "--z-csv", short, *OPTICS)
     with pytest.raises(InputError, match="no bright bead"):
         run("--beads", stack, "--step-um", "1", *OPTICS)
 

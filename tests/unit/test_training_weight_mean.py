@@ -35,6 +35,14 @@ def test_whole_numbers_are_those_of_the_run(tmp_path):
     assert mean_state([first], second)[1]["average"]["w"].item() == 12
 
 
+def test_a_checkpoint_without_weights_is_none(tmp_path):
+    path = tmp_path / "a.pt"
+    for state in ({}, {"average": 3}):
+        save_checkpoint(path, RECIPE, state)
+        with pytest.raises(ConfigError, match="is damaged, or no checkpoint"):
+            mean_state([], path)
+
+
 def test_different_networks_have_no_mean(tmp_path):
     write(tmp_path / "a.pt", [1.0])
     write(tmp_path / "b.pt", [1.0, 2.0])
