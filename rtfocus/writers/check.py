@@ -25,7 +25,7 @@ from rtfocus.images.metadata import COMPANION
 from rtfocus.metrics import Accounting, Outcome
 from rtfocus.writers.arrays import RunImages, list_shards, shard_name
 from rtfocus.writers.commit import Tally, report_of
-from rtfocus.writers.finish import COUNTED, finish_run
+from rtfocus.writers.finish import COUNTED, FRAMES_NAME, finish_run
 from rtfocus.writers.folder import LockHolder, RunLock, holder_of
 from rtfocus.writers.header import (
     INNER,
@@ -343,6 +343,8 @@ def _check_report(folder: Path, tally: Tally, report: CheckReport) -> None:
     if found is None:
         report.problems.append(f"'{path}' is damaged; use --repair")
         return
+    if not (columns := folder / FRAMES_NAME / "zarr.json").is_file():
+        report.problems.append(f"'{columns.parent}' is gone; use --repair")
     accounting = found["accounting"]
     places = (*accounting["dropped"].values(), *accounting["in_error"].values())
     known = accounting["written"] + accounting["focus"] + sum(places)
@@ -401,7 +403,8 @@ def _repair(folder: Path, header: RunHeader) -> list[str]:
     tally = Tally(Plan(header.series))
     for line in journal_lines(folder / JOURNAL_NAME, tally.plan):
         tally.add(line)
-    if report is not None and not steps and before == max(tally.extent, 1):
+    is_whole = report is not None and (folder / FRAMES_NAME / "zarr.json").is_file()
+    if is_whole and not steps and before == max(tally.extent, 1):
         # Looking for frames behind the last one made the arrays longer.
         images.trim(before)
         return []

@@ -186,6 +186,13 @@ def test_a_position_that_is_gone_is_named(lost, run, tmp_path) -> None:
     assert len(list(output.iterdir())) == 1
 
 
+def test_columns_of_the_journal_that_are_gone_are_told_and_written_again(run) -> None:
+    shutil.rmtree(run / "frames.zarr")
+    assert check_run(run).problems == [f"'{run / 'frames.zarr'}' is gone; use --repair"]
+    assert check_run(run, repair=True).problems == []
+    assert (run / "frames.zarr/sequence/c.0").is_file()
+
+
 def test_images_of_a_run_that_are_gone_are_told(run, tmp_path) -> None:
     shutil.rmtree(run / "defocus.ome.zarr")
     told = command("export", run, "-o", tmp_path / "out")
