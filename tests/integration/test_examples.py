@@ -60,6 +60,7 @@ def test_a_run_is_complete_and_reported(recorded):
     assert recorded.channels == ("DAPI",)
     assert recorded.pixel_size_um == 0.65
     assert len(repr(recorded)) < 200
+    assert "planned={'t': 5" in repr(recorded)
     assert recorded.config["run"]["name"] == "example"
 
 

@@ -22,7 +22,14 @@ from loop_kit import (
     wait_for,
     write_config,
 )
-from transport_kit import Background, make_config, make_header, make_series, publish
+from transport_kit import (
+    Background,
+    end_without_a_word,
+    make_config,
+    make_header,
+    make_series,
+    publish,
+)
 
 from rtfocus import app
 from rtfocus.config import Config
@@ -98,13 +105,11 @@ def test_it_outlives_silence_and_a_publisher_that_is_gone(tmp_path: Path) -> Non
         config = facing(small(tmp_path, None, transport=HASTE), endpoints)
         with Serving(config) as serving:
             send(publisher, "first", 5)
-            # Ends without a word, as when its process is killed.
             with Background(lambda: publisher.start(make_series("second"))):
                 wait_for(lambda: publisher.status().recorder_alive, "a recorder")
             publish(publisher, 3, uid="second")
             wait_for(lambda: publisher.status().durable_upto == 3, "three frames")
-            publisher._loop.registrar.recorder = None
-            publisher.close()
+            end_without_a_word(publisher)
             wait_for(lambda: bool(serving.failures), "the end of the second series")
             assert "its port is closed" in str(serving.failures[0])
             # Longer than connect_timeout_s without anybody there.

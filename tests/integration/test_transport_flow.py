@@ -16,6 +16,7 @@ from transport_kit import (
     DEADLINE_S,
     Background,
     Recording,
+    end_without_a_word,
     facing,
     make_config,
     make_estimate,
@@ -198,9 +199,7 @@ def test_a_restarted_publisher_ends_the_old_series_and_begins_its_own() -> None:
             for slot in old:
                 assert not isinstance(slot, Gap)
                 receiver.release(slot)
-            # Ends without a word, as when its process is killed.
-            publisher._loop.registrar.recorder = None
-            publisher.close()
+            end_without_a_word(publisher)
             with FramePublisher(make_config(frames=frames, control=control)) as again:
                 assert list(arrivals) == []
                 assert receiver.end is not None
