@@ -8,6 +8,7 @@ page 1252 may be another letter of another one. It is refused, and the line is n
 import codecs
 import difflib
 import os
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -227,18 +228,23 @@ def _overridden(
 ) -> Config:
     overrides = [overrides] if isinstance(overrides, str) else list(overrides)
     typed = [_apply_override(data, override) for override in overrides]
-    # Whose fault it is shows by the key: that of the file, or one of these.
-    if overrides and origin != "--set":
-        origin += f" with --set {' '.join(one[:80] for one in overrides)}"
-    resolved: Config = _resolve_paths(parse_config(data, origin=origin), folder, typed)
+    config = parse_config(data, origin=origin, overrides=overrides)
+    resolved: Config = _resolve_paths(config, folder, typed)
     return resolved
 
 
-def parse_config(data: Mapping[str, Any], *, origin: str = "config") -> Config:
+def parse_config(
+    data: Mapping[str, Any], *, origin: str = "config", overrides: Iterable[str] = ()
+) -> Config:
     """Validate a mapping; paths stay relative; ConfigError as in `load_config`."""
     try:
         return Config.model_validate(data)
     except ValidationError as error:
+        # Of the origin alone, whoever gave an override would look in the file.
+        faulty = {fault["loc"][0] for fault in error.errors() if fault["loc"]}
+        given = [one[:80] for one in overrides if re.split("[.=]", one)[0] in faulty]
+        if given and origin != "--set":
+            origin += f" with --set {' '.join(given)}"
         msg = f"{origin}: " + "; ".join(map(_explain, error.errors()))
         raise ConfigError(msg) from error
 

@@ -356,9 +356,10 @@ def _bind(
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         socket.close()
+        why = zmq.strerror(error.errno or 0)
         msg = (
-            f"transport.{key}: cannot bind '{endpoint}': {error.strerror}; is another "
-            "rtfocus running? Stop it or choose another port"
+            f"transport.{key}: cannot bind '{endpoint}': {why}; is another rtfocus "
+            "running? Stop it or choose another port"
         )
         raise TransportError(msg) from error
     except ConfigError:

@@ -239,7 +239,7 @@ def test_nothing_to_acquire_is_told(tmp_path):
 def test_a_replay_of_nothing_is_told(tmp_path):
     options = sets(f"microscope.path={tmp_path / 'none.tif'}")
     said = failed(command("acquire", "replay", "--quiet", *options))
-    assert "none.tif' does not exist" in said
+    assert "none.tif'; set it to an image file" in said
 
 
 def test_a_microscope_side_that_is_not_there_is_told(tmp_path, engine_folder):

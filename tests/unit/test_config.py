@@ -116,7 +116,7 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
 def test_a_bad_override_is_refused(tmp_path: Path, override: str, message: str) -> None:
     path = write(tmp_path, {"run": {"name": "a"}, "channels": [{"name": "a"}]})
     with pytest.raises(ConfigError, match=message):
-        load_config(path, [override])
+        load_config(path, ["store.overwrite=true", override])
 
 
 def test_input_paths_are_relative_to_the_file_and_run_folder_is_not(
