@@ -380,7 +380,7 @@ class ImageSet(Closing):
             )
             planned.check(image)
             if self._states_error:
-                planned.refuse_unstated_error(image, first=[*plan, planned][0])
+                planned.refuse_unstated_error(image, first=(plan or [planned])[0])
             plan.append(planned)
         return plan
 

@@ -391,10 +391,10 @@ class Inflow:
             self.sequencer.reach(ping.sent_upto)
 
     def _note_rewind(self, rewind: Rewind) -> None:
+        is_ours = rewind.attempt == self.sequencer.attempt
         is_news = rewind.sequence > self.sequencer.expected
-        if rewind.attempt == self.sequencer.attempt and is_news:
-            if self._is_absurd(rewind.sequence, "goes on"):
-                return
+        if is_ours and is_news and self._is_absurd(rewind.sequence, "goes on"):
+            return
         self.sequencer.rewound(rewind.sequence, rewind.attempt)
 
     def _note_end(self, end: SeriesEnd) -> None:

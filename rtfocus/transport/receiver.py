@@ -329,7 +329,7 @@ class ReceiverLoop:
             )
         )
         self._control = Link(
-            lambda: control_client(context, config),
+            lambda: control_client(context),
             config.control,
             config.curve_keys,
             self._poller,

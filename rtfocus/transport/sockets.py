@@ -206,7 +206,7 @@ def frames_client(context: Context, config: TransportConfig) -> Socket:
     return socket
 
 
-def control_client(context: Context, config: TransportConfig) -> Socket:
+def control_client(context: Context) -> Socket:
     """Return the connected DEALER that speaks with the publisher."""
     socket = context.socket(zmq.DEALER)
     socket.sndhwm = socket.rcvhwm = 256
