@@ -334,8 +334,8 @@ def _open_file(path: Path) -> list[ImageSeries]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         msg = (
-            f"'{path}': no reader for '{path.suffix}'; readable are "
-            f"{', '.join(_READERS)}, OME-Zarr and folders of them"
+            f"'{path}': no reader for '{path.suffix}'; export it as OME-TIFF, or as "
+            f"OME-Zarr, {', '.join(_READERS)}"
         )
         raise InputError(msg)
     if is_ndtiff(path.parent) and path.name in ndtiff_files(path.parent):

@@ -133,6 +133,7 @@ def test_png_of_8_and_16_bit_and_alpha(tmp_path: Path) -> None:
     [
         (lambda p: p / "absent.tif", "does not exist"),
         (lambda p: (p / "x.doc").write_text("x") and p / "x.doc", "no reader for"),
+        (lambda p: (p / "a.nd2").write_text("x") and p / "a.nd2", "export it as OME"),
         (lambda p: (p / "x.tif").write_text("x") and p / "x.tif", "read as TIFF"),
         (lambda p: (p / "x.png").write_text("x") and p / "x.png", "as a picture"),
         (lambda p: p, "holds no image"),
