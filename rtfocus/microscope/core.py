@@ -308,7 +308,8 @@ def _load_configuration(core: UniMMCore, file: Path, folders: Sequence[Path]) ->
         msg = (
             f"Micro-Manager configuration '{file}' cannot be loaded: {reason}. "
             f"Adapters were looked for in {looked}; set microscope.adapter_path(s) "
-            "to the folder of your Micro-Manager, and see: rtfocus doctor"
+            "to the folder of your Micro-Manager, close its own window and whatever "
+            "else may hold a device, and see: rtfocus doctor"
         )
         raise MicroscopeError(msg) from error
 

@@ -56,6 +56,7 @@ def test_a_missing_adapter_is_named(tmp_path):
     assert "HamamatsuHam" in said
     assert "my.cfg" in said
     assert str(adapters.device_adapter_path()) in said
+    assert "close its own window" in said
 
 
 def test_a_missing_configuration_is_named(tmp_path):
