@@ -363,6 +363,9 @@ def _refuse_broken(broken: list[BrokenImage], done: int, what: str, how: str) ->
 
 def _complete(run: Path, settings: Config, given: Mapping[str, object]) -> None:
     """Restore the frames of a run folder that were recorded raw only."""
+    if not _is_run(run):
+        msg = f"'{run}' is no run folder; say where to write with --output"
+        raise ConfigError(msg)
     for option, value in given.items():
         if value is not None:
             msg = (
@@ -370,9 +373,6 @@ def _complete(run: Path, settings: Config, given: Mapping[str, object]) -> None:
                 "expected error where one is stated; give --output"
             )
             raise ConfigError(msg)
-    if not _is_run(run):
-        msg = f"'{run}' is no run folder; say where to write with --output"
-        raise ConfigError(msg)
     with (
         counting("planes", count_unrestored(run)) as on_frame,
         ImageProcessor(settings) as processor,

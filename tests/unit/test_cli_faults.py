@@ -128,6 +128,17 @@ def test_a_word_too_many_is_told_as_one_where_it_is_no_image(monkeypatch, capsys
     assert "images" not in said
 
 
+def test_restore_without_an_output_asks_for_it_first(monkeypatch, capsys, tmp_path):
+    words = ["rtfocus", "restore", str(tmp_path), "--picture", "a.png"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == ExitCode.CONFIG
+    assert "is no run folder; say where to write with --output" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     "given", ["runs", "runs/demo", "runs/demo.rtfocus/raw.ome.zarr", "."]
 )
