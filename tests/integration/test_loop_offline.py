@@ -266,7 +266,7 @@ def test_a_folder_is_restored_into_a_folder(tmp_path, config_file):
         assert (pixels.shape, pixels.dtype) == (SHAPE, np.float32)
 
 
-def test_wrong_inputs_and_outputs_are_told(tmp_path, config_file):
+def test_wrong_inputs_and_outputs_are_told(run, tmp_path, config_file):
     path, _ = write_inputs(tmp_path)["one"]
     options = ("--config", config_file)
     said = failed(command("restore", tmp_path / "no.tif", "-o", tmp_path / "o.tif"))
@@ -274,9 +274,11 @@ def test_wrong_inputs_and_outputs_are_told(tmp_path, config_file):
     said = failed(command("restore", path, "-o", tmp_path / "o.xyz", *options))
     assert "unknown ending '.xyz'" in said
     for option in (("--stretch",), ("--expected-error", tmp_path / "e.tif")):
-        said = failed(command("restore", path, *option, *options))
+        said = failed(command("restore", run.folder, *option, *options))
         assert said.startswith(f"error: {option[0]} is for other files")
         assert "give --output" in said
+        said = failed(command("restore", path, *option, *options))
+        assert "is no run folder; say where to write with --output" in said
     said = failed(
         command("restore", path, "-o", tmp_path / "o.tif", *options, "--engine", "nope")
     )
