@@ -294,27 +294,6 @@ def charbonnier(error: Tensor, bend: float) -> Tensor:
     return (error.square() + bend**2).sqrt().mean() - bend
 
 
-def scales_loss(restored: Sequence[Tensor], sharp: Tensor, bend: float) -> Tensor:
-    """Return the mean over scales of the Charbonnier loss.
-
-    Parameters
-    ----------
-    restored
-        Result per scale, coarsest first, each twice the size of the one before and
-        the last of the shape of `sharp`.
-    sharp
-        Wanted image (N, C, H, W); averaged over 2 x 2 pixels for every step down.
-    bend
-        See `charbonnier`.
-    """
-    wanted = sharp
-    total = charbonnier(restored[-1].float() - wanted, bend)
-    for found in restored[-2::-1]:
-        wanted = functional.avg_pool2d(wanted, 2)
-        total = total + charbonnier(found.float() - wanted, bend)
-    return total / len(restored)
-
-
 def label_loss(logits: Tensor, levels: Tensor, empty: Tensor) -> Tensor:
     """Return the cross-entropy of tiles against their level.
 
@@ -439,3 +418,22 @@ def in_the_mean(
         "sharp": torch.stack(images).mean(dim=0),
         "shares": torch.stack(shares).mean(dim=0),
     }
+
+
+def learned(
+    groups: Sequence[tuple[Tensor, Sequence[nn.Module], tuple[int, int] | None]],
+    tensors: Mapping[str, Tensor],
+    orientations: int,
+) -> dict[str, Tensor]:
+    """Return what each group of networks makes of its patches, see `in_the_mean`.
+
+    A group has a mask of its patches, (N,), its networks, and `found`.
+    """
+    whole: dict[str, Tensor] = {}
+    for mask, networks, found in groups:
+        if mask.any():
+            part = {name: tensors[name][mask] for name in ("blurred", "condition")}
+            for name, made in in_the_mean(networks, part, orientations, found).items():
+                empty = made.new_empty(len(mask), *made.shape[1:])
+                whole.setdefault(name, empty)[mask] = made
+    return whole

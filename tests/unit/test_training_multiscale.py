@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rtfocus.training.layers import charbonnier, scales_loss
+from rtfocus.training.layers import charbonnier
 from rtfocus.training.networks.blind_restorers import (
     MULTIPLE_PX,
     MultiScale,
     image_pyramid,
+    scales_loss,
 )
 
 

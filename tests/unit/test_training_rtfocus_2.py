@@ -181,6 +181,32 @@ def test_networks_that_are_learned_from_take_turns(tmp_path, looks):
     assert sum(torch.allclose(one, end, atol=1e-5) for end in ends) == 1
 
 
+def test_patches_that_are_told_their_optics_may_have_a_teacher_of_their_own(tmp_path):
+    names = [tmp_path / f"{bias}.pt" for bias in (0.1, 0.3)]
+    for name in names:
+        known = small_task()
+        torch.nn.init.constant_(known.network.correction.bias, float(name.stem))
+        save_checkpoint(name, known.recipe, {"average": known.network.state_dict()})
+    task = small_task(orientations=2, learned_from=names[0], told_from=(names[1],))
+    task.begin()
+    condition = torch.zeros(3, len(task.network.condition))
+    condition[1, CONDITION.index("optics_known")] = 1
+    blurred = torch.rand(3, 1, 144, 144)
+    ends = [
+        in_the_mean(known, {"blurred": blurred, "condition": condition}, 8)["sharp"]
+        for known in (task._known, task._told)
+    ]
+    wanted = torch.stack([ends[0][0], ends[1][1], ends[0][2]])
+    truth = {"sharp": blurred, "levels": torch.zeros(3, 2, 2), "empty": torch.ones(3)}
+    with torch.no_grad():
+        seen = {"blurred": blurred, "condition": condition, **truth}
+        _, shown = task.loss(seen)
+        _, restored = task.network(blurred, condition)
+    assert (ends[0] - ends[1]).abs().amin(dim=(1, 2, 3)).min() > 0
+    image = task.image_loss(restored - wanted)
+    assert shown["image"].item() == pytest.approx(image.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("named", ["start_from", "learned_from"])
 def test_it_learns_what_weights_make_in_the_mean_over_orientations(tmp_path, named):
     first = tmp_path / "first.pt"

@@ -14,6 +14,7 @@ in full, each time by the same weights, which see the blurred image of that scal
 the enlarged correction of the scale below, and add to it.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -28,7 +29,7 @@ from rtfocus.training.kernel_pairs import (
     estimated_kernels,
     gaussian_kernels,
 )
-from rtfocus.training.layers import double, scales_loss, zeroed
+from rtfocus.training.layers import charbonnier, double, zeroed
 from rtfocus.training.recipe import Count, PairRecipe, Positive
 from rtfocus.training.scenes import data_folder, load_real_pairs
 from rtfocus.training.task import (
@@ -400,6 +401,27 @@ class MultiScaleTask(RestorerTask[MultiScaleRecipe]):
         restored = self.network.scales(blurred)
         loss = scales_loss(restored, sharp, self.recipe.multiscale.charbonnier)
         return loss, {"gain_db": gain_db(blurred, restored[-1].float(), sharp)}
+
+
+def scales_loss(restored: Sequence[Tensor], sharp: Tensor, bend: float) -> Tensor:
+    """Return the mean over scales of the Charbonnier loss.
+
+    Parameters
+    ----------
+    restored
+        Result per scale, coarsest first, each twice the size of the one before and
+        the last of the shape of `sharp`.
+    sharp
+        Wanted image (N, C, H, W); averaged over 2 x 2 pixels for every step down.
+    bend
+        See `charbonnier`.
+    """
+    wanted = sharp
+    total = charbonnier(restored[-1].float() - wanted, bend)
+    for found in restored[-2::-1]:
+        wanted = functional.avg_pool2d(wanted, 2)
+        total = total + charbonnier(found.float() - wanted, bend)
+    return total / len(restored)
 
 
 NETWORKS = {

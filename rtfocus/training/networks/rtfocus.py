@@ -42,8 +42,8 @@ from rtfocus.training.layers import (
     charbonnier,
     double,
     fold_batch_norm,
-    in_the_mean,
     label_loss,
+    learned,
     local_contrast,
     second_look,
     zeroed,
@@ -296,6 +296,7 @@ class Rtfocus1Task(PairTask[PairRecipe]):
 
 
 _LOOK, _DOUBT = 64, 32
+_TOLD = CONDITION.index("optics_known")
 _FOUND = CONDITION.index("defocus_levels"), CONDITION.index("defocus_known")
 # Least probability that a label leaves to its opposite before doubt is heard.
 _LEAST_SHARE = 1e-3
@@ -341,14 +342,15 @@ class Rtfocus2Section(Rtfocus1Section):
     decibel_weight: Annotated[float, Field(ge=0)] = 0.02
     """Weight of the logarithm of each patch's squared error."""
     second_look_share: Fraction = 0.0
-    """Share of patches seen twice: the second time the network is told the defocus
-    that it found the first time."""
+    """Share of patches seen twice: the second time told the defocus found first."""
     orientations: Annotated[int, Field(ge=0, le=8)] = 0
     """Not 0: not the truth is learned, but what a network makes in their mean."""
     learned_from: Path | tuple[Path, ...] | None = None
     """Checkpoints or engine folders of networks in turns; None: ``start_from``."""
     learned_looks: Annotated[int, Field(ge=1, le=2)] = 1
     """2: those see a patch twice, see ``second_look_share``."""
+    told_from: tuple[Path, ...] = ()
+    """The same for patches whose optics are told, seen once; none: as the others."""
 
 
 class Rtfocus2Recipe(PairRecipe):
@@ -386,8 +388,10 @@ class Rtfocus2Task(Rtfocus1Task):
             condition = second_look(self.network, tensors, _FOUND)
             tensors = {**tensors, "condition": condition}
         if number := self.settings.orientations:
+            told = tensors["condition"][:, _TOLD].bool() & bool(self._told)
             found = _FOUND if self.settings.learned_looks == 2 else None
-            tensors = {**tensors, **in_the_mean(self._known, tensors, number, found)}
+            groups = [(~told, self._known, found), (told, self._told, None)]
+            tensors = {**tensors, **learned(groups, tensors, number)}
         return super().loss(tensors)
 
     def labels_loss(self, logits: Tensor, tensors: Tensors) -> Tensor:
@@ -401,7 +405,8 @@ class Rtfocus2Task(Rtfocus1Task):
         if self.settings.orientations:
             named = self.settings.learned_from or self.recipe.start_from
             sources = named if isinstance(named, tuple) else (named,)
-            self._known = [copy_of(self, source).network for source in sources]
+            self._known = [copy_of(self, one).network for one in sources]
+            self._told = [copy_of(self, one).network for one in self.settings.told_from]
 
     def image_loss(self, error: Tensor) -> Tensor:
         """Return Charbonnier plus the mean logarithm of each patch's squared error."""
