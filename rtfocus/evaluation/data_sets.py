@@ -108,7 +108,7 @@ def _samples(group: str, blurred: ImageSeries, sharp: ImageSeries) -> Iterator[S
     for index in blurred.indices():
         pixels, truth = blurred.read(**index), sharp.read(**index)
         span = 255.0 if truth.dtype == np.uint8 else float(np.ptp(truth))
-        why = _why_not_compared(pixels, truth, span)
+        why = _why_not_compared(pixels, truth)
         if why is not None:
             msg = f"'{blurred.path}' cannot be compared with '{sharp.path}': {why}"
             raise InputError(msg)
@@ -117,17 +117,19 @@ def _samples(group: str, blurred: ImageSeries, sharp: ImageSeries) -> Iterator[S
 
 
 def _why_not_compared(
-    pixels: NDArray[np.generic], truth: NDArray[np.generic], span: float
+    pixels: NDArray[np.generic], truth: NDArray[np.generic]
 ) -> str | None:
-    """Return why a pair has no PSNR or SSIM of this data range; None: it has."""
+    """Return why a pair has no PSNR or SSIM that says anything; None: it has."""
     if pixels.shape != truth.shape:
         return f"they are {pixels.shape} and {truth.shape}; a pair has one size"
     if min(truth.shape[:2]) < LEAST_SIDE_PX:
         return f"they are {truth.shape}; a side needs {LEAST_SIDE_PX} px for SSIM"
     if not (np.isfinite(pixels).all() and np.isfinite(truth).all()):
         return "there are NaN or infinite pixels; write numbers there"
-    if span == 0:
-        return "all pixels of the sharp one are equal; leave the pair out"
+    for which, image in (("sharp", truth), ("blurred", pixels)):
+        # As of a run's plane that no frame came to.
+        if not np.ptp(image):
+            return f"all pixels of the {which} one are equal; leave the pair out"
     return None
 
 

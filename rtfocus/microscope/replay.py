@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from rtfocus.config import Config
 from rtfocus.config.sections import ReplayConfig
-from rtfocus.errors import InputError
+from rtfocus.errors import InputError, number_of
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.images.reading import find_images
 from rtfocus.images.series import ImageSeries
@@ -243,6 +243,7 @@ class Replay:
         found = find_images(replay.path)
         self._unreadable = [broken.reason for broken in found.broken]
         self._notes = [note for image in found.series for note in image.notes]
+        self._black, self._first_black = 0, ""
         self._recording = Recording(found.series, config, repeats=replay.repeats)
         self._recording.require_one_geometry(pixel_size_um=replay.pixel_size_um)
         # Of a file that cannot be opened, nobody knows how many planes it has.
@@ -298,6 +299,11 @@ class Replay:
             except InputError as error:
                 self._unreadable.append(str(error))
                 continue
+            # Of nearly all planes the first row says it.
+            if not pixels[0].any() and not pixels.any():
+                place = " ".join(f"{axis}={n}" for axis, n in plane.source.items())
+                self._first_black = self._first_black or f"{self._file(plane)} {place}"
+                self._black += 1
             z_um = plane.source["z"] * self._z_step_um
             exposure = Exposure(
                 index=plane.index,
@@ -324,7 +330,16 @@ class Replay:
         return path.name
 
     def _warnings(self) -> tuple[str, ...]:
-        said = dict.fromkeys([*self._unreadable, *self._notes])
+        found = [*self._unreadable, *self._notes]
+        if self._black:
+            number = number_of(self._black, "frame")
+            where = f"the first: {self._first_black}"
+            found.insert(
+                0,
+                f"{number} replayed with nothing but 0 (a run has 0 where "
+                f"no frame was recorded), {where}",
+            )
+        said = dict.fromkeys(found)
         more = len(said) - _MOST_WARNINGS
         shown = list(said)[:_MOST_WARNINGS]
         return (*shown, f"and {more} more") if more > 0 else tuple(shown)

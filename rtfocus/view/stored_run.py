@@ -254,10 +254,12 @@ class StoredRun:
             )
             self.traces.add(point, started_ns)
         with self._lock:
-            if status in (WRITTEN, MISSING, IN_ERROR):
-                self._lines[place] = msgspec.json.encode(line)
             if status == WRITTEN:
+                self._lines[place] = msgspec.json.encode(line)
                 self._order.append(place)
+            # One that came twice, or to nobody knows where, hides none that is there.
+            elif status in (MISSING, IN_ERROR) and index:
+                self._lines.setdefault(place, msgspec.json.encode(line))
 
     @property
     def written(self) -> int:
@@ -307,7 +309,8 @@ class StoredRun:
             return Picture(planes=part, flags=Flag.DETAIL, **shown)
         planes, saturated = self._whole(place)
         read = {plane.kind for plane in planes}
-        stored = [kind for name, kind in _IMAGES if name in (line.get("stored") or ())]
+        kinds = dict(_IMAGES) | MAPS
+        stored = [kinds[name] for name in line.get("stored") or () if name in kinds]
         flags = Flag.NOTHING if read.issuperset(stored) else Flag.UNREADABLE
         return Picture(planes=planes, saturated=saturated, flags=flags, **shown)
 

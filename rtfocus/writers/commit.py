@@ -172,18 +172,23 @@ class Terms(msgspec.Struct):
 
 
 _Numbers = dict[str, float | None]
-_Report = msgspec.defstruct(
-    "_Report",
-    [
-        ("accounting", Terms),
-        *((name, str, "") for name in ("reason", "set_aside", "write_error")),
-        *((n, _Numbers, {}) for n in ("held", "devices", "came_by", "throughput")),
-        ("warnings", list[str], []),
-        ("totals", dict, {}),
-        ("backends", dict[str, str], {}),
-        ("stages", dict[str, _Numbers], {}),
-    ],
-)
+
+
+class _Report(msgspec.Struct):
+    """What is read of a report, so that damage in any of it is found at once."""
+
+    accounting: Terms
+    reason: str = ""
+    set_aside: str = ""
+    write_error: str = ""
+    held: _Numbers = {}
+    devices: _Numbers = {}
+    came_by: _Numbers = {}
+    throughput: _Numbers = {}
+    warnings: list[str] = []
+    totals: dict[str, Any] = {}
+    backends: dict[str, str] = {}
+    stages: dict[str, _Numbers] = {}
 
 
 LONGEST_HOLD_S = 0.5

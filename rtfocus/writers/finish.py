@@ -36,7 +36,6 @@ from rtfocus.writers.header import (
     write_json,
 )
 from rtfocus.writers.journal import (
-    IN_ERROR,
     MISSING,
     Line,
     is_unrestored,
@@ -149,14 +148,14 @@ def count_unrestored(folder: Path) -> int:
 
 
 def places_without_frame(folder: Path) -> list[str]:
-    """Return, in words, the places of a run whose raw frame was lost or is in error."""
+    """Return, in words, the places of a run whose frame was lost or came to nothing."""
     plan = Plan(read_header(folder).series)
     return [
         " ".join(f"{axis}={at}" for axis, at in complete(line["index"]).items())
         for line in journal_lines(folder / JOURNAL_NAME, plan)
-        if line["status"] in (MISSING, IN_ERROR)
+        # A frame that came twice, or to no place of the plan, is lacking nowhere.
+        if (line["status"] == MISSING or line.get("place") == "restore")
         and line["index"] is not None
-        and RAW not in line["stored"]
     ]
 
 

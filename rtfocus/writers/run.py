@@ -348,6 +348,8 @@ class RunWriter:
         header = slot.frame()
         received_ns = RUN_CLOCK.at_ns(slot.received_ns)
         line = frame_line(header, status, received_ns, result, place=place, error=error)
+        if not self._tally.plan.contains(complete(header.index)):
+            line |= {"index": None, "reason": f"the plan has no place {header.index}"}
         numbers = range(header.sequence, header.sequence + 1)
         self._commits.put(Entry(numbers, [line], slot, sealed=True))
 

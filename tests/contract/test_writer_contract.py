@@ -528,9 +528,16 @@ def test_a_frame_outside_the_plan_is_counted_not_stored(tmp_path: Path) -> None:
         run.send(0, {"t": 0})
         run.send(1, {"t": 6})
         run.send(2, {"t": 1, "c": 1})
-        run.close(3)
+        folder = run.close(3)
     assert run.accounting.summary()["in_error"] == {"index": 2}
     assert run.accounting.unaccounted == 0
+    # Its own line is no damage of the journal.
+    assert check_run(folder).problems == []
+    assert open_run(folder).frames["why"].tolist() == [
+        None,
+        "the plan has no place {'t': 6}",
+        "the plan has no place {'t': 1, 'c': 1}",
+    ]
 
 
 def test_a_run_that_stops_early_is_trimmed_to_what_it_has(tmp_path: Path) -> None:

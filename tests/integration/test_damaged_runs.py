@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 from loop_kit import command, failed, succeeded
+from microscope_kit import record as record_replay
 from writer_kit import indices, make_series, numbered, recording
 
 from rtfocus.errors import ExitCode, InputError, WriterError
@@ -19,7 +20,7 @@ from rtfocus.runs import open_run
 from rtfocus.view.codec import Flag
 from rtfocus.view.stored_run import StoredRun, Traces
 from rtfocus.writers.check import check_run
-from rtfocus.writers.finish import complete_restoration
+from rtfocus.writers.finish import complete_restoration, places_without_frame
 
 SITES = [Position("left", x_um=0.0, y_um=0.0), Position("right", x_um=90.0, y_um=0.0)]
 WELLS = [
@@ -92,6 +93,41 @@ def test_a_damaged_plane_is_read_by_nobody(damage, run) -> None:
     assert shown.picture((1, 0, 0, 0)).flags is Flag.UNREADABLE
     (problem,) = check_run(run).problems
     assert problem.startswith("frame 2 in raw: ")
+
+
+def test_a_map_that_is_gone_is_told_by_the_page(run) -> None:
+    (run / "defocus.ome.zarr/0/deviation/0/c.1.0.0.0.0").unlink()
+    shown = StoredRun.open(run, Traces())
+    shown.read_on()
+    assert shown.picture((1, 0, 0, 0)).flags is Flag.UNREADABLE
+    assert shown.picture((2, 0, 0, 0)).flags is Flag.NOTHING
+
+
+def test_a_place_that_a_frame_came_to_twice_is_not_without_one(tmp_path) -> None:
+    folder = tmp_path / "twice.rtfocus"
+    with recording(folder, make_series(sizes={"t": 3})) as opened:
+        for sequence, t in enumerate((0, 0, 7)):
+            opened.send(sequence, {"t": t})
+        opened.writer.mark_missing(3, 1, "corrupt")
+        opened.accounting.count("dropped", "gap")
+        opened.send(4, {"t": 2})
+        opened.close(5)
+    assert opened.accounting.summary()["in_error"] == {"duplicate": 1, "index": 1}
+    assert places_without_frame(folder) == ["t=1 p=0 c=0 z=0"]
+    shown = StoredRun.open(folder, Traces())
+    shown.read_on()
+    flags = [shown.picture((t, 0, 0, 0)).flags for t in range(3)]
+    assert flags == [Flag.NOTHING, Flag.ABSENT, Flag.NOTHING]
+
+
+def test_a_replay_says_what_was_never_recorded(run) -> None:
+    _, report = record_replay({"microscope": {"source": "replay", "path": run}})
+    assert report.frames == 6
+    (said,) = report.warnings
+    assert said == (
+        "1 frame replayed with nothing but 0 (a run has 0 where no frame was "
+        "recorded), the first: raw.ome.zarr t=1 c=0 z=0"
+    )
 
 
 def test_restore_leaves_an_image_out_whose_plane_is_gone_and_says_which(

@@ -138,6 +138,7 @@ def no_number(image: np.ndarray, value: float) -> np.ndarray:
     ("spoil", "why"),
     [
         (lambda blurred, sharp: (blurred, 0 * sharp + 700), "sharp one are equal"),
+        (lambda blurred, sharp: (0 * blurred, sharp), "blurred one are equal"),
         (lambda blurred, sharp: (blurred, no_number(sharp, np.nan)), "NaN"),
         (lambda blurred, sharp: (no_number(blurred, np.inf), sharp), "infinite"),
         (lambda blurred, sharp: (blurred[:10], sharp[:10]), "a side needs 11 px"),
