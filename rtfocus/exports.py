@@ -245,12 +245,13 @@ def _existing(run: Run, kinds: Sequence[Kind]) -> list[Kind]:
         )
         raise InputError(msg)
     there = run.kinds
-    for kind in kinds or ("raw",) * (not there):
+    wanted = kinds or there or ("raw",)
+    for kind in wanted:
         if kind not in there:
             named = ", ".join(there) or "none that can be read"
             msg = f"'{run.folder}' has no image '{kind}'; it has {named}"
             raise InputError(msg)
-    return list(dict.fromkeys(kinds or there))
+    return list(dict.fromkeys(wanted))
 
 
 def _series(run: Run, spec: ImageSpec) -> list[ImageSeries]:

@@ -37,6 +37,7 @@ from rtfocus.errors import (
 )
 from rtfocus.files import nearest_existing, try_writing
 from rtfocus.frame import SeriesStart
+from rtfocus.images.metadata import run_at
 from rtfocus.metrics import check_space, free_bytes
 from rtfocus.processing.channel_plan import (
     find_classifier,
@@ -46,7 +47,7 @@ from rtfocus.processing.channel_plan import (
 from rtfocus.transport.dialogue import user_name
 from rtfocus.transport.sockets import is_local
 from rtfocus.writers.folder import planned_bytes, run_folder
-from rtfocus.writers.header import HEADER_NAME, RunHeader, series_in_words
+from rtfocus.writers.header import RunHeader, series_in_words
 
 _KINDS: dict[int, type[RtfocusError]] = {
     kind.exit_code: kind for kind in (ConfigError, InputError, StoppedError)
@@ -330,13 +331,13 @@ def _disk(config: Config, series: SeriesStart | None) -> str:
 def takes_files(run_folder: Path) -> Path:
     """Return what there is of a run.folder; refuse one that takes no files."""
     folder = nearest_existing(run_folder)
-    for run in (folder, *folder.parents):
-        if run.suffix == ".rtfocus" and (run / HEADER_NAME).is_file():
-            msg = (
-                f"run.folder: '{run_folder}' lies in a run, '{run}'; choose another, "
-                "such as that of the run itself"
-            )
-            raise OutputError(msg)
+    around = folder.absolute()
+    for run in filter(run_at, (around, *around.parents)):
+        msg = (
+            f"run.folder: '{run_folder}' lies in a run, '{run}'; choose another, such "
+            f"as '{run.parent}'"
+        )
+        raise OutputError(msg)
     try:
         try_writing(folder)
     except OSError as error:

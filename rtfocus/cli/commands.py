@@ -32,7 +32,7 @@ DEBUG_VARIABLE = "RTFOCUS_DEBUG"
 """Environment variable that shows tracebacks, as ``--debug`` does."""
 
 
-class Command(NamedTuple):
+class LazyCommand(NamedTuple):
     """Where a command is, before it is loaded."""
 
     module: str
@@ -42,71 +42,71 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command(
+    "demo": LazyCommand(
         "demo",
         "Show the whole loop without a microscope: stores, report and a picture.",
     ),
-    "init": Command(
+    "init": LazyCommand(
         "init",
         "Write a first config: ask the Micro-Manager core what is there, and you the "
         "rest.",
     ),
-    "run": Command(
+    "run": LazyCommand(
         "live", "Acquire, find defocus, restore and record, all on this machine."
     ),
-    "acquire": Command(
+    "acquire": LazyCommand(
         "live",
         "Acquire one series and send it to a processor: the microscope side alone.",
     ),
-    "process": Command(
+    "process": LazyCommand(
         "live", "Receive, find defocus, restore and record: the processor side alone."
     ),
-    "view": Command(
+    "view": LazyCommand(
         "live", "Show a run in the browser: live, while it is written, or afterwards."
     ),
-    "autofocus": Command(
+    "autofocus": LazyCommand(
         "live", "Find focus by the images of the microscope itself, or hold it."
     ),
-    "calibrate": Command(
+    "calibrate": LazyCommand(
         "psf", "Check autofocus against a z-stack through focus, up and down again."
     ),
-    "keys": Command(
+    "keys": LazyCommand(
         "commands",
         "Make CURVE keys that encrypt the connection and name who may connect.",
     ),
-    "restore": Command(
+    "restore": LazyCommand(
         "offline", "Restore what is out of focus in images, as a live run does."
     ),
-    "classify": Command("offline", "Estimate the defocus of images, tile by tile."),
-    "check": Command(
+    "classify": LazyCommand("offline", "Estimate the defocus of images, tile by tile."),
+    "check": LazyCommand(
         "runs",
         "Validate a run folder: stores, journal, and that no frame is unaccounted for.",
     ),
-    "report": Command(
+    "report": LazyCommand(
         "runs", "Make the page of a run anew from its folder: report.html, one file."
     ),
-    "doctor": Command(
+    "doctor": LazyCommand(
         "init", "Show what this machine has, what is missing, and the remedy."
     ),
-    "configs": Command(
+    "configs": LazyCommand(
         "commands",
         "List the configs that come with rtfocus; copy one to make your own.",
     ),
-    "train": Command(
+    "train": LazyCommand(
         "train",
         "Train an engine from a recipe, or from your own images; resumable after a "
         "kill.",
     ),
-    "export": Command(
+    "export": LazyCommand(
         "runs", "Export a run for other programs, or a checkpoint as an engine folder."
     ),
-    "psf": Command("psf", "The microscope's own PSF."),
-    "evaluate": Command(
+    "psf": LazyCommand("psf", "The microscope's own PSF."),
+    "evaluate": LazyCommand(
         "train",
         "Measure engines side by side: quality, levels, cost; tables and pictures.",
     ),
-    "kernels": Command("psf", "Extract the blur kernel of every tile of an image."),
-    "engines": Command(
+    "kernels": LazyCommand("psf", "Extract the blur kernel of every tile of an image."),
+    "engines": LazyCommand(
         "engines",
         "List the engines that configs can name, look at one, add one, build GPU "
         "plans.",

@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -122,6 +122,22 @@ def screen(
     bar = ProgressBar(total=max(monitor.planned, 1), completed=written, width=width)
     head.add_row(bar, f"{written}/{monitor.planned}", _left(monitor))
     return Group(head, table)
+
+
+def as_written(value: object) -> str:
+    """Write lists and maps as people do, and words as they are.
+
+    Examples
+    --------
+    >>> as_written({"by": "O'Hara [lab]", "seeds": [1, 2]})
+    "(by: O'Hara [lab], seeds: 1, 2)"
+    """
+    if isinstance(value, Mapping):
+        entries = ", ".join(f"{key}: {as_written(one)}" for key, one in value.items())
+        return f"({entries})"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(as_written, value))
+    return str(value)
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from rtfocus.cli.commands import OverwriteOption, read_config
+from rtfocus.cli.display import as_written
 from rtfocus.cli.endings import interruptible
 from rtfocus.engines.card import EngineCard, input_of, verified_file
 from rtfocus.engines.registry import (
@@ -137,10 +138,9 @@ def _runtimes(card: EngineCard) -> Iterator[Row]:
 
 
 def _history(card: EngineCard) -> Iterator[Row]:
-    plain = str.maketrans("{}", "()", "'[]")  # lists, maps and words as people write
     for title, entries in (("trained", card.trained), ("figures", card.figures)):
         for key, value in entries.items():
-            yield f"{title}: {key}", str(value).translate(plain)
+            yield f"{title}: {key}", as_written(value)
 
 
 app = typer.Typer(name="engines", invoke_without_command=True, rich_markup_mode="rich")

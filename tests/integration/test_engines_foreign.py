@@ -563,6 +563,12 @@ def test_the_commands_say_what_was_added_and_what_it_gives(tmp_path, monkeypatch
     said = " ".join(succeeded(command("engines", "info", "theirs")).split())
     assert "before it zero_mean_unit_variance after it nothing" in said
     assert "trained: licence MIT" in said
+    card = tmp_path / "mine/theirs/engine.yaml"
+    told = yaml.safe_load(card.read_text("utf-8"))
+    told["trained"] |= {"by": "O'Hara [lab]", "seeds": [1, {"last": 2}]}
+    card.write_text(yaml.safe_dump(told), "utf-8")
+    more = " ".join(succeeded(command("engines", "info", "theirs")).split())
+    assert "trained: by O'Hara [lab] trained: seeds 1, (last: 2)" in more
     shipped = " ".join(succeeded(command("engines", "info", "delpnet")).split())
     assert "trained: after (command: rtfocus train train_delpnet, seed: 1" in shipped
     assert "on a GPU no: steps around a network run on the CPU alone" in said

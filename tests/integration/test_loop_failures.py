@@ -36,7 +36,7 @@ import rtfocus
 from rtfocus import app
 from rtfocus.config import parse_config
 from rtfocus.errors import ConfigError, EngineError, OutputError, WorkerError
-from rtfocus.launch import SideProcess, on_free_ports
+from rtfocus.launch import SideProcess, on_free_ports, takes_files
 from rtfocus.monitor import Monitor
 from rtfocus.writers.check import check_run
 
@@ -74,13 +74,17 @@ def test_a_folder_that_takes_no_files_is_told_before_either_side_starts(tmp_path
             way()
 
 
-def test_no_run_is_recorded_within_another(tmp_path):
+def test_no_run_is_recorded_within_another(tmp_path, monkeypatch):
     inside = tmp_path / "first.rtfocus" / "raw.ome.zarr"
     inside.mkdir(parents=True)
     (tmp_path / "first.rtfocus" / "series.json").write_text("{}", "utf-8")
     with pytest.raises(OutputError, match=r"lies in a run, '.*first\.rtfocus'"):
         app.run(small(inside, None), stop=threading.Event(), abandon=threading.Event())
     assert list(inside.iterdir()) == []
+    # By default the folder is below where one stands.
+    monkeypatch.chdir(inside)
+    with pytest.raises(OutputError, match=rf"such as '{re.escape(str(tmp_path))}'"):
+        takes_files(Path("runs"))
 
 
 def test_a_full_disk_ends_the_run_with_one_line(small_disk, tmp_path):
