@@ -96,7 +96,7 @@ class RunStore(WrapperStore[LocalStore]):
 
 def open_zarr(path: Path) -> "zarr.Group | zarr.Array[Any]":
     """Open a path for reading; of what lies in a run folder no frame is made up."""
-    path = path.absolute()
+    path = path.resolve()  # a link leads to the same frames
     run = next(filter(None, map(run_at, path.parents)), None)
     return zarr.open(path if run is None else RunStore(path, *run), mode="r")
 

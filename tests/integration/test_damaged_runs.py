@@ -95,6 +95,16 @@ def test_a_damaged_plane_is_read_by_nobody(damage, run) -> None:
     assert problem.startswith("frame 2 in raw: ")
 
 
+def test_a_link_to_images_of_a_run_is_read_as_they_are(run, tmp_path) -> None:
+    (run / "raw.ome.zarr/0/0/c.1.0.0.0.0").unlink()
+    link = tmp_path / "some.ome.zarr"
+    link.symlink_to(run / "raw.ome.zarr", target_is_directory=True)
+    left, right = open_images(link)
+    with pytest.raises(InputError, match="is gone or empty"):
+        left.read(t=1)
+    assert not right.read(t=1).any()
+
+
 def test_a_map_that_is_gone_is_told_by_the_page(run) -> None:
     (run / "defocus.ome.zarr/0/deviation/0/c.1.0.0.0.0").unlink()
     shown = StoredRun.open(run, Traces())
