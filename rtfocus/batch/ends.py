@@ -43,7 +43,6 @@ from rtfocus.images.zarr_writing import places_in_zarr, prepare_zarr
 from rtfocus.writers.finish import places_without_frame
 
 _T = TypeVar("_T")
-_MOST_NAMED = 5
 
 
 class Begun(NamedTuple):
@@ -406,25 +405,24 @@ def _link(source: str, target: str) -> None:
 def notes_of(found: FoundImages, images: ImageSet) -> list[str]:
     """Say, a line each, what is left out, filled in or assumed, before the work."""
     notes = [note for series in found.series for note in series.notes]
-    folders = dict.fromkeys(one.path.absolute().parent for one in found.series)
-    notes += [_without_frame(run) for run in filter(run_at, folders)]
+    runs = {one.path.absolute().parent: one.sizes["t"] for one in found.series}
+    notes += [_without_frame(run, runs[run]) for run in filter(run_at, runs)]
     if found.skipped:
         number = len(found.skipped)
         notes.append(f"{number} earlier results of rtfocus are no inputs")
     return [note for note in dict.fromkeys([*notes, *images.assumptions()]) if note]
 
 
-def _without_frame(run: Path) -> str:
+def _without_frame(run: Path, time_points: int) -> str:
     """Say which planes of a run never had a frame; empty: all had one."""
     try:
-        places = places_without_frame(run)
+        count, first = places_without_frame(run, time_points)
     except WriterError as error:
         return f"planes of '{run}' may be without a frame: {error}"
-    if not places:
+    if not count:
         return ""
-    more = len(places) - _MOST_NAMED
-    named = ", ".join(places[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-    number = number_of(len(places), "plane")
+    more = f" and {count - len(first)} more" if count > len(first) else ""
+    named, number = ", ".join(first) + more, number_of(count, "plane")
     return f"'{run}' has {number} without a frame, nothing but 0: {named}"
 
 

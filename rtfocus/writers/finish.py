@@ -8,6 +8,7 @@ and the report. It is written last: its presence means that all the others are d
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from rtfocus.writers.header import (
     write_json,
 )
 from rtfocus.writers.journal import (
-    MISSING,
     Line,
     is_unrestored,
     journal_lines,
@@ -56,6 +56,7 @@ Restore = Callable[[NDArray[Any], str], FrameResult]
 _BLOCK = 8192
 """Rows read, converted and written at once: memory stays flat in long runs."""
 _UNKNOWN = -1
+_MOST_NAMED = 5
 _WORDS: dict[str, Callable[[Line], str]] = {
     "status": lambda line: line["status"],
     "reason": lambda line: line.get("reason") or line.get("place") or "",
@@ -147,16 +148,19 @@ def count_unrestored(folder: Path) -> int:
     return sum(map(is_unrestored, journal_lines(folder / JOURNAL_NAME, plan)))
 
 
-def places_without_frame(folder: Path) -> list[str]:
-    """Return, in words, the places of a run whose frame was lost or came to nothing."""
+def places_without_frame(folder: Path, time_points: int) -> tuple[int, list[str]]:
+    """Count the planes of a run's raw images that no frame came to; name the first."""
     plan = Plan(read_header(folder).series)
-    return [
-        " ".join(f"{axis}={at}" for axis, at in complete(line["index"]).items())
+    there = {
+        plan.flat(complete(line["index"]))
         for line in journal_lines(folder / JOURNAL_NAME, plan)
-        # A frame that came twice, or to no place of the plan, is lacking nowhere.
-        if (line["status"] == MISSING or line.get("place") == "restore")
-        and line["index"] is not None
-    ]
+        if RAW in line["stored"]
+    }
+    shape = (time_points, *(plan.sizes[axis] or 1 for axis in AXES[1:]))
+    lost = (number for number in range(prod(shape)) if number not in there)
+    first = [np.unravel_index(number, shape) for number in islice(lost, _MOST_NAMED)]
+    named = [" ".join(map("{}={}".format, AXES, place)) for place in first]
+    return prod(shape) - len(there), named
 
 
 def complete_restoration(

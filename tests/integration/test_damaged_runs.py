@@ -123,7 +123,7 @@ def test_a_place_that_a_frame_came_to_twice_is_not_without_one(tmp_path) -> None
         opened.send(4, {"t": 2})
         opened.close(5)
     assert opened.accounting.summary()["in_error"] == {"duplicate": 1, "index": 1}
-    assert places_without_frame(folder) == ["t=1 p=0 c=0 z=0"]
+    assert places_without_frame(folder, 3) == (1, ["t=1 p=0 c=0 z=0"])
     shown = StoredRun.open(folder, Traces())
     shown.read_on()
     flags = [shown.picture((t, 0, 0, 0)).flags for t in range(3)]
@@ -156,6 +156,19 @@ def test_restore_leaves_an_image_out_whose_plane_is_gone_and_says_which(
     told = command("restore", run, "-o", one, "--engine", "wiener", *OPTICS)
     failed(told, ExitCode.INPUT)
     assert not one.exists()
+
+
+def test_restore_of_a_run_that_was_cut_off_says_what_it_lacks(tmp_path) -> None:
+    folder, series = tmp_path / "cut.rtfocus", make_series(sizes={"t": 4, "z": 2})
+    with recording(folder, series, restored=False) as opened:
+        for sequence in range(3):
+            opened.send(sequence, {"t": sequence // 2, "z": sequence % 2})
+        opened.writer.drain()
+    told = command("classify", folder, *OPTICS)
+    succeeded(told)
+    lacks = [f"t={t} p=0 c=0 z={z}" for t, z in ((1, 1), (2, 0), (2, 1), (3, 0))]
+    said = "5 planes without a frame, nothing but 0: "
+    assert said + ", ".join([*lacks, "t=3 p=0 c=0 z=1"]) in " ".join(told.err.split())
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty"])
