@@ -137,10 +137,9 @@ class LazyGroup(TyperGroup):
     # The types of typer's own classes differ between its releases.
     def __init__(self, **attributes: Any) -> None:  # noqa: ANN401
         super().__init__(**attributes)
-        for name, place in COMMANDS.items():
-            self.commands[name] = TyperCommand(
-                name, help=place.summary, short_help=place.summary
-            )
+        for name, (_, summary) in COMMANDS.items():
+            command = TyperCommand(name, help=summary, short_help=summary)
+            self.commands[name] = command
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401
         """Parse, or show the commands where nothing is asked."""
@@ -169,7 +168,8 @@ class OneInput(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
         """Parse, and refuse what is left over."""
-        if further := super().parse_args(ctx, args):
+        further = super().parse_args(ctx, args)
+        if further and not ctx.resilient_parsing:
             words = " ".join(further)
             ctx.fail(f"'{words}' is too much; a folder stands for all images in it")
         return further

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rtfocus.cli import main
+from rtfocus.cli.commands import load
 from rtfocus.cli.endings import tell
 from rtfocus.cli.runs import ReportConsole
 from rtfocus.errors import ConfigError, EngineError, ExitCode, WorkerError
@@ -116,6 +117,12 @@ def test_who_gives_many_files_is_told_to_give_their_folder(
             main()
         assert ended.value.code == code
         assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_words_are_completed_behind_one_too_many():
+    words = ["a.tif", "b.tif"]
+    context = load("restore").make_context("restore", words, resilient_parsing=True)
+    assert context.args == ["b.tif"]
 
 
 def test_a_word_too_many_is_told_as_one_where_it_is_no_image(monkeypatch, capsys):
