@@ -153,7 +153,7 @@ def test_one_pixel_that_is_no_number_changes_no_defocus_of_a_noisy_image():
     # Whether its finest detail is noise decides if half the size is looked at.
     light = np.kron(np.random.default_rng(1).random((100, 120)), np.ones((4, 4)))
     rng = np.random.default_rng(3)
-    frame = rng.poisson(gaussian_filter(light, 1.5) * 60 + 10).astype(np.float32)
+    frame = rng.poisson(gaussian_filter(light, 1.5) * 20 + 10).astype(np.float32)
     processing = {"classifier": "rtfocus-2", "blind": True, "precision": "f32"}
     config = parse_config({"processing": processing}).without_restoration()
     with ImageProcessor(config) as processor:
