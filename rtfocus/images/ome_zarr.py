@@ -86,7 +86,7 @@ class RunStore(WrapperStore[LocalStore]):
     def _take(self, line: dict[str, Any]) -> None:
         if line["status"] != "written":
             return
-        t, p, c, z = (line["index"].get(axis, 0) for axis in "tpcz")
+        t, p, c, z = (dict.get(line["index"], axis, 0) for axis in "tpcz")
         for name in line["stored"]:
             outer = name if name in ("raw", "restored") else "defocus"
             inner = "" if name in ("raw", "restored", "defocus") else f"{name}/"

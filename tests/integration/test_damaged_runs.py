@@ -95,6 +95,27 @@ def test_a_damaged_plane_is_read_by_nobody(damage, run) -> None:
     assert problem.startswith("frame 2 in raw: ")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"status": "written", "index": null, "stored": ["raw"]}',
+        '{"status": "written", "index": {"p": 99}, "stored": ["raw"]}',
+        '{"status": "written", "index": {"t": "x"}, "stored": ["raw"]}',
+        '{"status": "written", "index": {}, "stored": null}',
+        "[1]",
+        "{",
+    ],
+)
+def test_a_damaged_line_hides_no_plane_that_is_gone(line, run) -> None:
+    journal = run / "frames.ndjson"
+    journal.write_text(f"{line}\n{journal.read_text('utf-8')}", "utf-8")
+    (run / "raw.ome.zarr/0/0/c.1.0.0.0.0").unlink()
+    left, right = open_images(run / "raw.ome.zarr")
+    with pytest.raises(InputError, match="is gone or empty"):
+        left.read(t=1)
+    assert not right.read(t=1).any()
+
+
 def test_a_link_to_images_of_a_run_is_read_as_they_are(run, tmp_path) -> None:
     (run / "raw.ome.zarr/0/0/c.1.0.0.0.0").unlink()
     link = tmp_path / "some.ome.zarr"
