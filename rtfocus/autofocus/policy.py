@@ -33,8 +33,8 @@ class Limits:
             raise ValueError(msg)
 
     def holds(self, z_um: float) -> bool:
-        """Tell whether a position is allowed."""
-        return isfinite(z_um) and self.low_um <= z_um <= self.high_um
+        """Tell whether a position is allowed; NaN is not."""
+        return self.low_um <= z_um <= self.high_um
 
     def clip(self, z_um: float) -> float:
         """Return the nearest allowed position."""
@@ -127,8 +127,7 @@ class MoveRule:
         first, as far as the limits allow.
         """
         target = self.limits.clip(target_um)
-        wrong_side = self.approach != 0 and (target - z_um) * self.approach < 0
-        if not wrong_side or self.overshoot_um <= 0:
+        if (target - z_um) * self.approach >= 0:
             return (target,)
         beyond = self.limits.clip(target - self.approach * self.overshoot_um)
         return (target,) if beyond == target else (beyond, target)

@@ -10,10 +10,11 @@ from loop_kit import OPTICS
 from pydantic import TypeAdapter
 
 from rtfocus.autofocus.appearance import amplitude_spectrum
+from rtfocus.autofocus.execution import BroughtSearch
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.planes import FocusCalibration
 from rtfocus.autofocus.plans import save_calibration
-from rtfocus.autofocus.policy import Limits
+from rtfocus.autofocus.policy import Decision, GiveUp, Limits, MoveRule
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.config.model import AutofocusConfig
@@ -26,6 +27,8 @@ SYSTEM = OpticalSystem(
 )
 FOCUS_UM = 4.0
 SEARCHES = '''
+from types import SimpleNamespace
+
 import numpy as np
 
 from rtfocus.autofocus.policy import GiveUp, Move, Probe, Stay
@@ -61,6 +64,10 @@ def odd(task):
     return lambda z_um, reading: "up a little"
 
 
+def similar(task):
+    return lambda z_um, reading: SimpleNamespace(dz_um=1.0)
+
+
 def broken(task):
     return lambda z_um, reading: 1 / 0
 '''
@@ -78,7 +85,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs/reference/python.md").read_text("utf-8")
     (shown,) = re.findall(r"```python\n(# my_lab/focus.py.*?)```", page, re.DOTALL)
     (site / "their_stage" / "focus.py").write_text(shown)
-    names = ("climber", "far", "odd", "broken")
+    names = ("climber", "far", "odd", "similar", "broken")
     lines = (f"{name} = their_stage.searches:{name}" for name in names)
     (info / "entry_points.txt").write_text(
         "\n".join(["[rtfocus.autofocus]", *lines, "gone = their_stage.gone:gone"])
@@ -126,6 +133,7 @@ def test_it_is_asked_after_every_image_and_its_decisions_are_carried_out(core) -
     assert verdict.focused
     assert verdict.notes == ("searched by 'climber'",)
     assert 2 < verdict.images <= 6
+    assert verdict.steps[-1].belief_um == verdict.end_um
     unit_um = SYSTEM.defocus_unit_um
     assert abs(core.getZPosition() - FOCUS_UM) <= unit_um
     from their_stage.searches import tasks  # type: ignore[import-not-found]
@@ -153,11 +161,22 @@ def test_it_never_leads_beyond_the_limits_and_ends_where_it_was_sharpest(core) -
     assert core.getZPosition() == verdict.end_um < 20
 
 
+def test_a_stage_beyond_the_limits_is_sent_nowhere_and_nobody_is_asked() -> None:
+    def never(z_um: float, reading: FocusReading) -> Decision:
+        raise AssertionError((z_um, reading))
+
+    moves = MoveRule(Limits(0, 10), deadband_um=0.1, most_um=5)
+    search = BroughtSearch("theirs", never, moves, unit_um=1.0, most_images=6)
+    search.observe(10.5, FocusReading(None, None, False))
+    assert search.decide() == GiveUp("the stage says 10.5 um, outside its limits")
+
+
 @pytest.mark.usefixtures("package")
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
         ("odd", MicroscopeError, "answered 'up a little'; a decision is Stay, Move"),
+        ("similar", MicroscopeError, "answered namespace.*; a decision is Stay"),
         ("broken", MicroscopeError, "failed: ZeroDivisionError"),
         ("gone", ConfigError, r"\(their_stage.gone:gone\) cannot begin"),
         (

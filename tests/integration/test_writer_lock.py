@@ -208,6 +208,7 @@ def test_a_moved_folder_ends_the_run_before_a_frame_is_acknowledged_without_it(
         run.send(8, {"t": 4})
         with pytest.raises(BusyError, match="was moved while it was recorded") as told:
             run.writer.drain()
+        assert f"what is in '{folder}' now was never" in str(told.value)
         if sys.platform == "linux":
             assert f"rtfocus check {now} --repair" in str(told.value)
         assert run.durable == list(range(8))

@@ -82,6 +82,15 @@ def test_limits_that_limit_nothing_are_refused(low: float, high: float) -> None:
         Limits(low, high)
 
 
+def test_limits_hold_their_own_ends_and_nothing_beyond() -> None:
+    limits = Limits(0, 10)
+    assert limits.holds(0)
+    assert limits.holds(10)
+    for beyond in (-1e-9, 10 + 1e-9, math.nan, math.inf, -math.inf):
+        assert not limits.holds(beyond)
+    assert Limits(5, 5).holds(5)  # a plan's z that is the last allowed one
+
+
 def test_a_deadband_and_a_step_are_kept() -> None:
     rule = MoveRule(Limits(0, 100), deadband_um=0.5, most_um=10)
     assert rule.target(50, 50.4) is None
@@ -92,8 +101,13 @@ def test_a_deadband_and_a_step_are_kept() -> None:
 def test_the_wrong_side_is_overshot_within_the_limits() -> None:
     rule = MoveRule(Limits(0, 100), 0.1, 50, approach=1, overshoot_um=3)
     assert rule.path(50, 60) == (60,)
+    assert rule.path(50, 50.5) == (50.5,)
+    assert rule.path(50, 50) == (50,)
     assert rule.path(50, 40) == (37, 40)
     assert rule.path(50, 1) == (0, 1)
+    assert MoveRule(Limits(0, 9), 0.1, 50, 1, 0.5).path(8, 4) == (3.5, 4)
+    assert MoveRule(Limits(0, 9), 0.1, 50, -1, 0.5).path(4, 8) == (8.5, 8)
+    assert MoveRule(Limits(0, 9), 0.1, 50, approach=1).path(8, 4) == (4,)
 
 
 def test_a_search_begins_anew_from_the_chosen_side_within_the_limits() -> None:

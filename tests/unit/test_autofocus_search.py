@@ -17,7 +17,8 @@ from rtfocus.autofocus.appearance import (
     modulation_table,
     sharpness,
 )
-from rtfocus.autofocus.execution import Verdict, run_search
+from rtfocus.autofocus.belief import Belief, Mode
+from rtfocus.autofocus.execution import BroughtSearch, Verdict, run_search
 from rtfocus.autofocus.looks import Look
 from rtfocus.autofocus.planes import FocusCalibration, PlaneComparison
 from rtfocus.autofocus.plans import move_rule, save_calibration
@@ -26,6 +27,7 @@ from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.autofocus.survey import Survey
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.model import AutofocusConfig
+from rtfocus.errors import MicroscopeError
 from rtfocus.frame import FocusReading
 
 OPTICS = OpticalSystem(0.45, 520.0, 0.6, aberrations=Aberrations(spherical_waves=-0.3))
@@ -70,6 +72,9 @@ class World:
 
     def position_um(self) -> float:
         return self._said
+
+    def say_um(self, z_um: float) -> None:
+        self._said = z_um
 
     def go_to(self, z_um: float) -> None:
         self.commands.append(z_um)
@@ -137,6 +142,8 @@ def test_an_honest_stage_is_focused_in_few_images(
     verdict = searched(comparison, world)
     assert verdict.focused, verdict.reason
     assert not verdict.notes
+    assert verdict.start_um == start * UNIT
+    assert verdict.end_um == world.commands[-1]
     assert abs(world.z_um) < 0.25 * UNIT
     assert verdict.images == 3
 
@@ -569,3 +576,81 @@ def test_noise_is_no_sharpness_and_no_change() -> None:
     assert change(detail, noisy, NOISE) < 0.07
     assert change(detail, 0.01 / FREQUENCIES, NOISE) > 0.5
     assert change(detail, detail[:5], NOISE) == 1.0
+
+
+def sent_up(moves: MoveRule, most_images: int = 50) -> BroughtSearch:
+    """A search of another package that only ever goes up by three depths of field."""
+    return BroughtSearch(
+        "up",
+        lambda z_um, reading: Probe(3 * UNIT),
+        moves,
+        unit_um=UNIT,
+        most_images=most_images,
+    )
+
+
+UPWARDS = MoveRule(Limits(-5 * UNIT, 50 * UNIT), 0.1 * UNIT, 12 * UNIT)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_search_that_breaks_off_leaves_the_stage_at_the_best_z_seen(
+    transfer: Transfer, *, is_lost: bool
+) -> None:
+    world = World(transfer, 1.0)
+
+    def look(z_um: float) -> FocusReading:
+        if len(world.commands) < 3:
+            return world.look(z_um)
+        if is_lost:  # where it stands now, nobody can tell what is on the way
+            world.say_um(51 * UNIT)
+        raise MicroscopeError("the camera does not answer")
+
+    with pytest.raises(MicroscopeError, match="does not answer"):
+        run_search(sent_up(UPWARDS), world, look)
+    up = [4 * UNIT, 7 * UNIT, 10 * UNIT]
+    assert world.commands == pytest.approx(up if is_lost else [*up, UNIT])
+
+
+def test_a_search_without_progress_ends_at_the_best_z_seen(transfer: Transfer) -> None:
+    world, search, time_s = World(transfer, 1.0), sent_up(UPWARDS), [0.0]
+
+    def look(z_um: float) -> FocusReading:
+        time_s[0] += 1.0
+        if len(world.commands) in (2, 3):  # it is believed to be ever nearer
+            away_um = (5 - len(world.commands)) * UNIT
+            search.belief = Belief.of([Mode(1.0, z_um + away_um, UNIT)])
+        return world.look(z_um)
+
+    verdict = run_search(search, world, look, timeout_s=3, clock=lambda: time_s[0])
+    assert (verdict.focused, verdict.reason) == (False, "no progress for 3 s")
+    # The fifth image was the last nearer to it, the ninth comes over 3 s later.
+    assert (verdict.images, verdict.moves, verdict.seconds) == (9, 9, 9.0)
+    assert verdict.end_um == world.z_um == pytest.approx(UNIT)
+    assert [step.seconds for step in verdict.steps] == list(range(1, 10))
+    assert verdict.steps[0].belief_um is None
+    assert verdict.steps[2].belief_um == pytest.approx(10 * UNIT)
+
+
+def test_a_search_that_is_canceled_ends_at_the_best_z_but_not_where_it_is_in_focus(
+    transfer: Transfer,
+) -> None:
+    world, seen = World(transfer, 1.0), []
+    verdict = run_search(
+        sent_up(UPWARDS),
+        world,
+        world.look,
+        on_step=seen.append,
+        is_canceled=lambda: len(world.commands) == 2,
+    )
+    assert (verdict.focused, verdict.reason) == (False, "canceled")
+    assert (verdict.images, verdict.moves) == (3, 3)
+    assert verdict.correction_um == pytest.approx(0)
+    assert world.z_um == pytest.approx(UNIT)
+    assert tuple(seen) == verdict.steps
+    stays = BroughtSearch(
+        "stays", lambda *_: Stay(), UPWARDS, unit_um=UNIT, most_images=3
+    )
+    verdict = run_search(
+        stays, world, world.look, timeout_s=0, is_canceled=lambda: True
+    )
+    assert (verdict.focused, verdict.images, verdict.moves) == (True, 1, 0)

@@ -3,12 +3,12 @@
 import pytest
 from transport_kit import make_config, make_header, make_series
 
-from rtfocus.errors import TakenOverError, TransportError
+from rtfocus.errors import ProtocolError, TakenOverError, TransportError
 from rtfocus.frame import SeriesEnd, Slot, SlotPool
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages as m
 from rtfocus.transport.dialogue import Dialogue
-from rtfocus.transport.inflow import Arrivals, Inflow
+from rtfocus.transport.inflow import Arrivals, Gap, Inflow
 
 SERIES = make_series()
 CONFIG = make_config(heartbeat_s=1.0, stall_timeout_s=10.0)
@@ -133,6 +133,65 @@ def test_refusals_are_told_apart() -> None:
     dialogue.handle(m.Refused(dialogue.uid, "occupied", "another"), 0.0)
     assert inflow.arrivals.end is not None
     assert "another recorder" in inflow.arrivals.end.reason
+
+
+def test_frames_that_a_broken_off_series_still_had_are_a_gap() -> None:
+    for told in (5, None):  # None: as many as its pings have shown
+        inflow = begun()[1]
+        flow(inflow)
+        take_frame(inflow, 0)
+        inflow.take(m.pack(m.Ping(1, SERIES.series_uid, 3, 1)), None)
+        inflow.abandon("canceled", told)
+        _, gap = inflow.arrivals
+        count = 4 if told else 2
+        assert gap == Gap(1, count, "canceled")
+        end = inflow.arrivals.end
+        assert end is not None
+        assert (end.frames_sent, end.reason) == (1 + count, "canceled")
+
+
+def test_a_gap_comes_before_the_frame_that_reveals_it() -> None:
+    inflow = begun()[1]
+    flow(inflow)
+    take_frame(inflow, 0)
+    take_frame(inflow, 2)  # 1 is asked for again
+    inflow.take(m.pack(m.Rewind(1, SERIES.series_uid, 1, 2)), None)
+    take_frame(inflow, 2)
+    inflow.stop()
+    first, gap, last = inflow.arrivals
+    assert isinstance(gap, Gap)
+    assert (gap.first, gap.count) == (1, 1)
+    assert isinstance(first, Slot)
+    assert isinstance(last, Slot)
+    assert (first.frame().sequence, last.frame().sequence) == (0, 2)
+
+
+def test_a_ping_shows_what_was_lost_last_and_what_was_never_answered() -> None:
+    inflow = begun()[1]
+    uid = SERIES.series_uid
+    inflow.take(m.pack(m.Ping(1, uid, 0, 1)), None)
+    assert inflow.sequencer.attempt == 2, "the first request got lost on its way"
+    flow(inflow, attempt=2)
+    take_frame(inflow, 0)
+    for sent_upto, attempt, asked in ((1, 2, 2), (2, 1, 2), (2, 2, 3)):
+        inflow.take(m.pack(m.Ping(1, uid, sent_upto, attempt)), None)
+        assert inflow.sequencer.attempt == asked
+
+
+def test_a_frame_out_of_range_or_for_the_second_time_is_refused_by_its_reason() -> None:
+    inflow = begun()[1]
+    flow(inflow)
+    take_frame(inflow, 0)
+    most = 1 + m.most_lost(SERIES)
+    for sequence, reason in ((0, "duplicate"), (most + 1, "range")):
+        with pytest.raises(ProtocolError) as refused:
+            take_frame(inflow, sequence)
+        assert refused.value.reason == reason
+    assert inflow.sequencer.attempt == 1
+    take_frame(inflow, most)  # so many may be lost: they are asked for
+    assert inflow.sequencer.attempt == 2
+    inflow.stop()
+    assert len(list(inflow.arrivals)) == 1
 
 
 ABSURD = (2**62, 10**8, -5)

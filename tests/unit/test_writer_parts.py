@@ -1,6 +1,7 @@
 """Journal, disk watch and specs of the writer, each alone."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from rtfocus.errors import WriterError
 from rtfocus.metrics import DiskWatch, check_space
 from rtfocus.writers.arrays import context_of
 from rtfocus.writers.finish import percentiles
-from rtfocus.writers.header import ImageSpec
+from rtfocus.writers.header import ImageSpec, write_json
 from rtfocus.writers.journal import JournalFile, intact_bytes, read_journal
 
 
@@ -54,6 +55,28 @@ def test_nan_becomes_null(tmp_path: Path) -> None:
     assert (tmp_path / "frames.ndjson").read_bytes() == (
         b'{"sequence":0,"value":null}\n'
     )
+
+
+@pytest.mark.parametrize("fsync", [True, False])
+def test_lines_are_on_the_disk_before_they_count_where_the_store_asks_for_it(
+    fsync: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+
+    def note(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", note)
+    path = tmp_path / "frames.ndjson"
+    journal = JournalFile(path, [], fsync=fsync)
+    sizes = []
+    for number in range(2):
+        journal.append([{"sequence": number}])
+        sizes.append(path.stat().st_size)
+        assert synced == (sizes if fsync else [])
+    journal.close()
+    write_json(tmp_path / "zarr.json", {}, fsync=fsync)
+    assert synced == ([*sizes, len(b"{}")] if fsync else [])
 
 
 def test_arrays_of_all_runs_share_threads_that_stay() -> None:
