@@ -127,8 +127,10 @@ class Rules:
             rest_s = (planned - monitor.accounting.written) / rate
             if rest_s < left_s:
                 return None
-        free = "" if monitor.free_bytes is None else f", {monitor.free_bytes / 1e9:.1f}"
-        return Alarm("disk", f"the disk is full in {left_s / 60:.0f} min{free} GB free")
+        text = f"the disk is full in {left_s / 60:.0f} min"
+        if monitor.free_bytes is not None:
+            text += f", {monitor.free_bytes / 1e9:.1f} GB free"
+        return Alarm("disk", text)
 
     def _frames(self, lost: dict[str, int]) -> Alarm | None:
         news = sum(lost.values()) - self._told_lost

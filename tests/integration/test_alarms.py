@@ -22,7 +22,7 @@ from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import Config, parse_config
 from rtfocus.config.sections import AlarmConfig
 from rtfocus.errors import TakenOverError, WriterError
-from rtfocus.frame import Estimate, FrameHeader, SlotPool
+from rtfocus.frame import Estimate, FrameHeader, Slot, SlotPool
 from rtfocus.monitor import Monitor
 
 UNIT_UM = OpticalSystem(0.5, 520, 0.65).defocus_unit_um
@@ -61,8 +61,8 @@ def watched(**optics: Any) -> Monitor:
     return monitor
 
 
-def estimate(monitor: Monitor, *found: float | None, z_offset_um: float = 0.0) -> None:
-    """Let estimates come, as the loop notes them."""
+def arrived(monitor: Monitor) -> Slot:
+    """Return a frame of the series."""
     series, pool = monitor.series, SlotPool(1, 8)
     assert series is not None
     slot = pool.acquire(timeout_s=1)
@@ -71,9 +71,21 @@ def estimate(monitor: Monitor, *found: float | None, z_offset_um: float = 0.0) -
         FrameHeader(1, series.series_uid, 0, (2, 2), "<u2", 0, 1.0, {"t": 0, "c": 0})
     )
     slot.received_ns = time.perf_counter_ns()
+    return slot
+
+
+def commit(monitor: Monitor, number: int) -> None:
+    """Let frames be on the disk, as the loop notes them."""
+    for _ in range(number):
+        monitor.committed(arrived(monitor))
+
+
+def estimate(monitor: Monitor, *found: float | None, z_offset_um: float = 0.0) -> None:
+    """Let estimates come, as the loop notes them."""
+    slot = arrived(monitor)
     for um in found:
         told = Estimate(
-            series_uid=series.series_uid,
+            series_uid=slot.frame().series_uid,
             sequence=0,
             level=0,
             defocus_um=um,
@@ -100,19 +112,33 @@ def test_focus_is_lost_when_every_frame_lies_beyond() -> None:
     assert kinds(rules, monitor) == []
     estimate(monitor, far, -far, far, 0.0)
     assert kinds(rules, monitor) == [], "the newest is in focus"
-    estimate(monitor, far, z_offset_um=2 * UNIT_UM)
-    assert kinds(rules, monitor) == [], "a plane of a stack is out of focus by plan"
+    for planned_um in (2 * UNIT_UM, -0.6 * UNIT_UM):
+        estimate(monitor, far, z_offset_um=planned_um)
+        assert kinds(rules, monitor) == [], "a plane of a stack is out of focus by plan"
     estimate(monitor, far, None, -far)
     assert kinds(rules, monitor) == ["focus"]
+    nearby = Rules(AlarmConfig(focus_lost_s=0, focus_lost_um=0.4 * UNIT_UM))
+    estimate(monitor, -0.4 * UNIT_UM)
+    assert kinds(nearby, monitor) == []
+    estimate(monitor, -0.5 * UNIT_UM, z_offset_um=-0.4 * UNIT_UM)
+    assert kinds(nearby, monitor) == ["focus"]
     nothing_known = watched(none=True)
     estimate(nothing_known, 1e3)
     assert kinds(Rules(AlarmConfig(focus_lost_s=0)), nothing_known) == []
 
 
-def test_focus_must_be_lost_for_long_enough() -> None:
-    rules, monitor = Rules(AlarmConfig(focus_lost_s=3600)), watched()
-    estimate(monitor, 1e3, 1e3)
-    assert kinds(rules, monitor) == []
+def test_focus_must_be_lost_for_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules, monitor = Rules(AlarmConfig(focus_lost_s=10)), watched()
+    now_s = 5000.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
+    told = []
+    for now_s, found_um in (
+        *((5000.0, 1e3), (5009.0, -1e3), (5009.5, 0.0)),  # it came back in time
+        *((5011.0, 900.0), (5020.0, 900.0), (5021.0, -800.0)),
+    ):
+        estimate(monitor, found_um)
+        told.append([alarm.text for alarm in rules.look(monitor, now_s)])
+    assert told == [*([[]] * 5), ["focus is lost for 10 s, -800.0 um by now"]]
 
 
 def test_lost_frames_are_told_once_each_and_not_too_often() -> None:
@@ -136,6 +162,14 @@ def test_disk_is_told_unless_the_plan_ends_before() -> None:
     assert alarm.text == "the disk is full in 5 min, 3.0 GB free"
     assert kinds(Rules(AlarmConfig(disk_full_min=4)), monitor) == []
     assert kinds(Rules(AlarmConfig(on=["end"])), monitor) == []
+    commit(monitor, 2)  # at once: so fast that all 1000 are there in good time
+    assert kinds(Rules(AlarmConfig()), monitor) == []
+    monitor.free_bytes, monitor.time_to_full_s = None, 0.0
+    (alarm,) = Rules(AlarmConfig()).look(monitor, 0.0)
+    assert alarm.text == "the disk is full in 0 min"
+    monitor.time_to_full_s = 300.0
+    monitor.begin(make_series(planned=None))
+    assert kinds(Rules(AlarmConfig()), monitor) == ["disk"], "it has no end"
 
 
 def config(**alarm: Any) -> Config:

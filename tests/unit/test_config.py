@@ -58,6 +58,8 @@ def write(folder: Path, data: object) -> Path:
         ({"channels": [{"name": "a"}, {"name": "a"}]}, "listed twice"),
         ({"microscope": {"source": "virtual", "specimen": {"kind": "stack"}}}, "path"),
         ({"acquisition": {"mda": {}, "live": {}}}, "keep one"),
+        ({"autofocus": {"low_um": 5, "high_um": -5}}, "low_um 5 is not below high_um"),
+        ({"autofocus": {"low_um": 5, "high_um": 5}}, "high_um 5; swap them"),
         (
             {"processing": {"gpu": {"index": [1, 0, 1]}}},
             r"gpu\.index'.* twice in \[1, 0",
@@ -70,8 +72,9 @@ def write(folder: Path, data: object) -> Path:
 def test_a_bad_config_names_key_rule_and_remedy(
     tmp_path: Path, data: object, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as told:
         load_config(write(tmp_path, data))
+    assert "--set" not in str(told.value)
 
 
 def test_a_missing_file_and_broken_yaml_are_named(tmp_path: Path) -> None:
@@ -156,6 +159,42 @@ def test_channels_fall_back_to_default() -> None:
     assert config.channel("DAPI").optics is None
     assert config.channel("FITC").optics is not None
     assert config.channel("FITC").name == "FITC"
+    for names, number, meant in (
+        ([], 1, ["default"]),
+        ([], 3, ["default", "DAPI", "default"]),
+        (["FITC"], 2, ["FITC", "default"]),
+        (["a", "b", "c"], 2, ["a", "b"]),
+    ):
+        assert [one.name for one in config.channels_of(names, number)] == meant
+
+
+def test_the_optics_of_a_channel_are_named_or_refused_with_what_there_is() -> None:
+    fallback = {"name": "default", "optics": OPTICS | {"wavelength_nm": 600}}
+    dapi, bare = {"name": "DAPI", "optics": OPTICS}, {"name": "bare"}
+    for channels, asked, found in (
+        ([dapi], None, ("DAPI", 451)),
+        ([dapi, fallback], None, ("default", 600)),
+        ([dapi, fallback], "DAPI", ("DAPI", 451)),
+        ([dapi, fallback], "FITC", ("FITC", 600)),
+        ([dapi, bare], "DAPI", ("DAPI", 451)),
+    ):
+        name, optics = parse_config({"channels": channels}).optics_of(asked)
+        assert (name, optics.wavelength_nm) == found
+    for channels, asked, said in (
+        ([dapi, bare], None, "which channel is meant.* DAPI, bare; choose one"),
+        ([dapi, bare], "FITC", "no channel 'FITC': the config has DAPI, bare; give"),
+        ([dapi, bare], "bare", "no optics for channel 'bare'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            parse_config({"channels": channels}).optics_of(asked)
+
+
+def test_a_seed_may_be_large_and_an_image_be_shown() -> None:
+    shown = {"kind": "image", "path": "a.tif", "seed": 2**53}
+    config = parse_config({"microscope": {"source": "virtual", "specimen": shown}})
+    assert config.microscope.source == "virtual"
+    assert config.microscope.specimen.seed == 2**53
+    assert config.microscope.specimen.path == Path("a.tif")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,10 @@ def test_percentiles_agree_with_numpy_to_two_percent() -> None:
     for percent in (1, 50, 95, 99):
         expected = np.percentile(values, percent)
         assert histogram.percentile(percent) == pytest.approx(expected, rel=0.02)
+        if percent > 1:
+            assert histogram.summary()[f"p{percent}_ms"] == histogram.percentile(
+                percent
+            )
     assert histogram.summary()["max_ms"] == values.max()
     assert histogram.summary()["mean_ms"] == pytest.approx(values.mean())
 

@@ -251,6 +251,8 @@ def test_the_words_at_the_end_are_cut_to_what_can_be_read() -> None:
     assert kept.reason == "a?b"
     assert kept.warnings[:2] == ("?[2J" + 396 * "x" + "...", "0")
     assert kept.warnings[99:] == ("98", "4901 further warnings")
+    few = SeriesEnd(1, SERIES.series_uid, 0, "completed", warnings=("one", "two"))
+    assert m.readable_end(few) == few
 
 
 def test_a_service_waits_for_a_silent_publisher_as_long_as_it_may_come_back() -> None:

@@ -1,7 +1,9 @@
 """Outbox, stall policy, arrivals, registrar and sizing: no socket involved."""
 
+import math
 import re
 
+import msgspec
 import pytest
 from transport_kit import make_config, make_estimate, make_header, make_series
 
@@ -313,6 +315,9 @@ class TestRegistrar:
         registrar = self.opened()
         registrar.handle(b"a", self.hello(), 0.0)
         registrar.handle(b"a", self.progress(2, 3), 0.0)
+        assert registrar.recorder is not None
+        assert registrar.recorder.credit_upto == 9
+        assert registrar.recorder.received_upto == 3
         assert [s.frame().sequence for s in registrar.settled] == [0, 1]
 
     def test_the_newest_estimate_wins_and_the_rest_is_counted(self) -> None:
@@ -324,6 +329,12 @@ class TestRegistrar:
         assert registrar.estimates.dropped == 2
         with pytest.raises(ProtocolError, match="not the recorder"):
             registrar.handle(b"b", make_estimate(3), 0.0)
+        with pytest.raises(ProtocolError, match="of series 'old'"):
+            registrar.handle(b"a", make_estimate(3, "old"), 0.0)
+        no_number = msgspec.structs.replace(make_estimate(3), defocus_um=math.nan)
+        with pytest.raises(ProtocolError, match="defocus_um is not finite"):
+            registrar.handle(b"a", no_number, 0.0)
+        assert registrar.estimates.take() is None
 
     def test_whoever_leaves_makes_room(self) -> None:
         registrar = self.opened()

@@ -174,6 +174,26 @@ def test_a_series_that_cannot_be_received_names_the_field(fault, named) -> None:
         check_welcome("topic", make_series(**fault), MOST_BYTES)
 
 
+def test_a_series_that_uses_every_axis_and_says_everything_is_received() -> None:
+    channels = [Channel("a"), Channel("b")]
+    positions = [Position("here", field=1, x_um=0.0), Position("there", y_um=-1e5)]
+    series = make_series(
+        shape=(24, 32, 3),
+        dtype="|u1",
+        sizes={"t": 4, "p": 2, "c": 2, "z": 5},
+        channels=channels,
+        positions=positions,
+        z_step_um=0.3,
+        interval_s=0.0,
+        bit_depth=8,
+        planned=80,
+        started_ns=0,
+    )
+    check_welcome("topic", series, 24 * 32 * 3)
+    most = [Channel(str(number)) for number in range(256)]
+    check_welcome("topic", make_series(channels=most, sizes={"c": 256}), MOST_BYTES)
+
+
 @pytest.mark.parametrize(
     ("fault", "named"),
     [
@@ -195,6 +215,10 @@ def test_optics_that_no_microscope_has_end_the_series_by_name(fault, named) -> N
     m.unpack_from_publisher(msgspec.msgpack.encode(welcome))
     welcome["start"]["channels"][0]["optics"] = good | fault
     with pytest.raises(TransportError, match=f"cannot be received.*{named}"):
+        m.unpack_from_publisher(msgspec.msgpack.encode(welcome))
+    # What is no series at all is noise, and ends nothing.
+    welcome["start"]["channels"] = "DAPI"
+    with pytest.raises(ProtocolError):
         m.unpack_from_publisher(msgspec.msgpack.encode(welcome))
 
 
@@ -223,7 +247,7 @@ def test_optics_that_no_microscope_has_end_the_series_by_name(fault, named) -> N
 )
 def test_a_header_outside_its_series_is_refused(fault, reason) -> None:
     series = make_series(sizes={"t": None, "z": 3})
-    check_header(make_header(5, index={"t": 70000, "z": 2}), series)
+    check_header(make_header(5, index={"t": 70000, "z": 2}, exposure_ms=0.0), series)
     header = msgspec.structs.replace(make_header(5), **fault)
     with pytest.raises(ProtocolError) as caught:
         check_header(header, series)
@@ -232,6 +256,8 @@ def test_a_header_outside_its_series_is_refused(fault, reason) -> None:
 
 def test_what_a_series_without_limits_would_mean_is_bounded_by_its_plan() -> None:
     assert most_lost(make_series(sizes={"t": 30})) < 5000
+    # Every place, and a probe of autofocus before each.
+    assert most_lost(make_series(sizes={"t": 100_000})) > 200_000
     assert most_lost(make_series(sizes={"t": None})) == 2**20
     assert most_lost(make_series(sizes={"t": 2**36})) < 2**37
 

@@ -41,12 +41,16 @@ def test_a_journal_cut_anywhere_keeps_its_whole_lines(
     assert [line["sequence"] for line in read_journal(path)] == [*range(lines), 99]
 
 
-def test_a_torn_line_longer_than_a_block_is_found(tmp_path: Path) -> None:
+# Of the second the last whole line's end is the first byte of a block.
+@pytest.mark.parametrize("torn_bytes", [200_000, 2 * (1 << 16) - 1])
+def test_a_torn_line_longer_than_a_block_is_found(
+    torn_bytes: int, tmp_path: Path
+) -> None:
     path = tmp_path / "frames.ndjson"
     journal_of(path, 3)
     size = path.stat().st_size
     with path.open("ab") as file:
-        file.write(b"x" * 200_000)
+        file.write(b"x" * torn_bytes)
     assert intact_bytes(path) == size
 
 
@@ -93,7 +97,7 @@ class Disk:
 
     def __init__(self, free: int) -> None:
         self.free = free
-        self.now_s = 0.0
+        self.now_s = 1000.0
         self.asked = 0
 
     def free_bytes(self, _folder: Path) -> int:
