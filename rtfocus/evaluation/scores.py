@@ -125,24 +125,23 @@ class LevelScore:
         known = np.array(self.levels)
         lowest, highest = self.right_range(true)
         empty = found == background
-        level = np.where(empty, 0, found)
-        off = np.maximum(np.maximum(lowest - level, level - highest), 0)
+        off = np.maximum(np.maximum(lowest - found, found - highest), 0)
         right = ~empty & (off == 0)
         self.right += int(right.sum())
         self.close += int((~empty & (off <= 1)).sum())
         in_focus = true[0] <= 0.0 <= true[1]
         nominal = 0.0 if in_focus else sum(true) / 2
         row = int(np.searchsorted(known, self._nearest(nominal)))
-        column = np.where(empty, len(known), np.searchsorted(known, level))
+        column = np.where(empty, len(known), np.searchsorted(known, found))
         np.add.at(self.confusion[row], column.ravel(), 1)
         if true[0] == true[1]:
             # Against a range of levels every confidence would look too small.
             self._count_confidence(confidence.ravel(), right.ravel())
         if sided:
-            with_sign = ~empty & (level != 0)
+            with_sign = ~empty & (found != 0)
             side = 1 if sum(true) > 0 else -1
             self.sided += int(with_sign.sum())
-            self.right_side += int((with_sign & (np.sign(level) == side)).sum())
+            self.right_side += int((with_sign & (np.sign(found) == side)).sum())
 
     def add_errors(
         self,

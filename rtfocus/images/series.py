@@ -368,7 +368,7 @@ def loss_of(plane: NDArray[np.generic]) -> str | None:
         return None
     if plane.dtype.kind in "iu":
         low, high = int(plane.min()), int(plane.max())
-        if max(-low, high) > _FLOAT32_EXACT and not _is_exact(plane):
+        if (top := max(-low, high)) > _FLOAT32_EXACT and not _is_exact(plane, top):
             return (
                 f"has whole numbers from {low} to {high}; beyond +-{_FLOAT32_EXACT} "
                 "float32 is not exact, scale or save it as float32"
@@ -406,11 +406,11 @@ def nothing_shown(what: str) -> str:
     )
 
 
-def _is_exact(plane: NDArray[np.generic]) -> bool:
-    """Tell whether float32 holds every whole number of a plane."""
-    wide = plane.astype(np.float64)
-    if plane.dtype.itemsize > 4 and float(np.abs(wide).max()) > 2**53:
+def _is_exact(plane: NDArray[np.generic], top: int) -> bool:
+    """Tell whether float32 holds every whole number of a plane, up to +-`top`."""
+    if top > 2**53:  # not even float64 tells them apart there
         return False
+    wide = plane.astype(np.float64)
     return bool(np.array_equal(wide.astype(np.float32).astype(np.float64), wide))
 
 

@@ -79,24 +79,28 @@ def test_the_cumulative_match_counts_ranks() -> None:
     score = LevelScore((0, 1, 2, 3, 4, 5))
     score.add_ranks(np.array([0, 0, 1, 3]))
     assert score.summary()["top_k"] == [0.5, 0.75, 0.75, 1.0, 1.0]
+    score.add_ranks(np.array([6]))  # behind every level and the background
+    assert score.summary()["top_k"] == [0.4, 0.6, 0.6, 0.8, 0.8]
     assert score.right_range((3.6, 5.2)) == (4, 5)
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_truth() -> None:
     score = LevelScore((0, 1))
-    # Of ten tiles at 90 % eight are right, of ten at 50 % five.
+    # Of ten tiles at 90 % eight are right, of ten at 50 % six: one does not make up
+    # for the other.
     add(score, (1.0, 1.0), [1] * 8 + [0] * 2, [0.9] * 10)
-    add(score, (1.0, 1.0), [1] * 5 + [0] * 5, [0.5] * 10)
-    assert score.summary()["calibration_error"] == pytest.approx(0.05, abs=1e-3)
+    add(score, (1.0, 1.0), [1] * 6 + [0] * 4, [0.5] * 10)
+    assert score.summary()["calibration_error"] == pytest.approx(0.1, abs=1e-3)
 
 
 def test_uncertainty_is_held_against_the_errors() -> None:
     score = LevelScore((0, 1))
-    score.add_errors(np.array([0.5, -1.5, 3.0, np.nan]), np.array([1.0, 1.0, 1.0, 1.0]))
+    score.add_errors(np.array([0.5, -3.0, 1.5, np.nan]), np.array([1.0, 2.0, 0.5, 9.0]))
     score.add_errors(np.array([9.0]))  # an engine that states none
     found = score.summary()
     assert found["within_one_sigma"] == pytest.approx(1 / 3, abs=1e-4)
     assert found["within_two_sigma"] == pytest.approx(2 / 3, abs=1e-4)
+    assert found["mean_error_um"] == 3.5
 
 
 def test_stated_errors_are_held_against_the_true_ones() -> None:

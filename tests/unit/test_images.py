@@ -1,5 +1,7 @@
 """Images: what is written is read back, whatever the format and the axes."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from rtfocus.errors import InputError, OutputError
 from rtfocus.images.reading import open_images, stretch_histogram
-from rtfocus.images.series import ImageSeries
+from rtfocus.images.series import ImageSeries, loss_of
 
 
 def numbered(sizes: dict[str, int], shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -163,3 +165,39 @@ def test_stretching_is_linear_from_0_to_255():
     image = np.array([[-5.0, 0.0], [5.0, 45.0]])
     assert stretch_histogram(image).tolist() == [[0, 26], [51, 255]]
     assert stretch_histogram(np.full((3, 3), 7)).tolist() == [[0] * 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "said"),
+    [
+        ([-(2**24), 2**24], "int32", None),
+        ([0, 2**24 + 1], "int32", "from 0 to 16777217; beyond"),
+        ([-(2**24) - 1, 0], "int32", "from -16777217 to 0; beyond"),
+        ([0, 2**25], "uint32", None),  # even numbers that large float32 holds
+        ([0, 2**53 + 1], "int64", "from 0 to 9007199254740993; beyond"),
+        ([0, 2**15 - 1], "int16", None),
+        ([False, True], "bool", None),
+        ([0.0, -1e300], "float64", "up to 1e\\+300, beyond the range"),
+        ([0.0, 1e-300], "float64", "up to 1e-300, beyond the range"),
+        ([0.0, 1e-9], "float64", None),
+        ([0.0, 0.0], "float64", None),
+        ([np.nan, np.inf], "float64", None),
+        ([1.0, 2.0], "complex64", "is complex"),
+        ([1, 2], "O", "of type object, which is no number"),
+    ],
+)
+def test_what_float32_cannot_hold_is_no_image(values, dtype, said) -> None:
+    told = loss_of(np.array([values], dtype))
+    assert told is None if said is None else re.search(said, told or "")
+
+
+def test_pixels_are_square_where_one_side_is_stated_or_both_agree() -> None:
+    plain = as_series(numbered({"t": 1, "c": 1, "z": 1}, (4, 4), "uint8"))
+    for y_um, x_um, size_um in (
+        (0.3, None, 0.3),
+        (None, 0.3, 0.3),
+        (None, None, None),
+        (0.3, 0.3, 0.3),
+    ):
+        one = replace(plain, pixel_size_y_um=y_um, pixel_size_x_um=x_um)
+        assert one.pixel_size_um == size_um

@@ -260,6 +260,7 @@ def test_only_what_is_far_is_taken_from_the_frame_of_half_the_size():
     coarse.defocus_um[0, 0] = np.nan
     coarse.defocus_um[3, 3] = -8 * STEP_UM
     coarse.defocus_um[3, 0] = 4 * STEP_UM
+    fine.confidence[...], coarse.confidence[...] = 0.5, 0.25
     smooth = np.zeros((480, 480), np.uint16)
     least_um = unsettled_um(fine, smooth, step_um=STEP_UM, farthest=10)
     assert np.isfinite(least_um).sum() == least_um.size - 2
@@ -280,6 +281,23 @@ def test_only_what_is_far_is_taken_from_the_frame_of_half_the_size():
     np.testing.assert_array_equal(
         merged.uncertainty_um[0, 0], fine.uncertainty_um[0, 0]
     )
+    assert (merged.confidence[0, 0], merged.confidence[4, 4]) == (0.5, 0.25)
+    beyond = replace(fine, stated_um=None).with_coarser(
+        replace(coarse, stated_um=coarse.uncertainty_um),
+        least_um,
+        step_um=STEP_UM,
+        farthest=30,
+    )
+    assert (beyond.level[4, 4], beyond.level[8, 8]) == (12, -16)
+    assert beyond.stated_um is None
+    both = replace(fine, stated_um=fine.uncertainty_um + 1).with_coarser(
+        replace(coarse, stated_um=coarse.uncertainty_um + 2),
+        least_um,
+        step_um=STEP_UM,
+        farthest=10,
+    )
+    assert both.stated_um[0, 0] == fine.uncertainty_um[0, 0] + 1
+    assert both.stated_um[4, 4] == 2 * (coarse.uncertainty_um[1, 1] + 2)
 
 
 def test_noise_that_passes_for_detail_asks_for_half_the_size_and_detail_does_not():
