@@ -234,3 +234,24 @@ def test_measured_backlash_makes_every_place_be_reached_upwards(
     assert len(arrived_from) > 2
     assert min(arrived_from) > 0
     assert stops[-1] > stops[-2]
+
+
+def test_a_plan_s_z_is_reached_from_the_chosen_side_as_far_as_limits_allow(
+    core,
+) -> None:
+    taken = focuser(core, "rtfocus")  # the stage stands at 0, limits are -20 and 20
+    for approach, z_um, stops in (
+        ("up", 5.0, (5.0,)),
+        ("up", -5.0, (-8.0, -5.0)),
+        ("up", -18.0, (-18.0,)),  # passing it would pass the limit
+        ("up", -17.0, (-20.0, -17.0)),
+        ("down", -5.0, (-5.0,)),
+        ("down", 5.0, (8.0, 5.0)),
+        ("down", 17.0, (20.0, 17.0)),
+        ("down", 17.5, (17.5,)),
+        ("either", 5.0, (5.0,)),
+        ("up", 0.0, (0.0,)),
+    ):
+        changes = {"approach": approach, "backlash_um": 3.0}
+        taken.config = taken.config.model_copy(update=changes)
+        assert taken.way_to(z_um) == stops

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pymmcore_plus import CMMCorePlus
 
 from rtfocus.autofocus.execution import run_search
+from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.planes import PlaneComparison
+from rtfocus.autofocus.plans import direction_of, limits_at, move_rule, search_rule
 from rtfocus.autofocus.policy import (
     GiveUp,
     Limits,
@@ -21,6 +24,8 @@ from rtfocus.autofocus.policy import (
 )
 from rtfocus.autofocus.search import FocusSearch, SearchRule
 from rtfocus.channel import OpticalSystem
+from rtfocus.config.model import AutofocusConfig
+from rtfocus.errors import ConfigError
 from rtfocus.frame import FocusReading
 
 OPTICS = OpticalSystem(0.5, 520.0, 0.5, psf_model="born_wolf")
@@ -116,6 +121,67 @@ def test_a_search_begins_anew_from_the_chosen_side_within_the_limits() -> None:
     assert rule.settling(1) == (0, 1)
     assert rule.settling(0) == rule.settling(11) == ()
     assert MoveRule(Limits(0, 10), 0.1, 5, overshoot_um=2).settling(4) == ()
+
+
+def test_a_run_may_go_as_far_as_both_its_reach_and_its_limits_allow() -> None:
+    for limits, start, low, high in (
+        ({}, 100, 70, 130),
+        ({"low_um": 90, "high_um": 1000}, 100, 90, 130),
+        ({"low_um": 0, "high_um": 110}, 100, 70, 110),
+        ({"low_um": 100}, 100, 100, 130),
+        ({"high_um": 100}, 100, 70, 100),
+    ):
+        config = AutofocusConfig(reach_um=30, **limits)
+        assert limits_at(config, start) == Limits(low, high)
+    for start in (-0.1, 10.1):
+        with pytest.raises(ConfigError, match=r"outside of autofocus\.low_um 0 to"):
+            limits_at(AutofocusConfig(low_um=0, high_um=10), start)
+
+
+def test_a_correction_leads_beyond_no_limit_and_a_plan_where_it_wants() -> None:
+    config = AutofocusConfig(low_um=-5, high_um=20, reach_um=10)
+    focuser = Focuser(CMMCorePlus(), config, {}, lambda *_: FocusReading(None, None))
+    for planned, correction, sent in (
+        *((0, 3, 3), (0, 100, 10), (0, -100, -5)),
+        *((15, 8, 20), (15, -8, 7), (15, -100, 5)),
+        # The plan itself is beyond: a correction may only bring it back.
+        *((30, 5, 30), (30, -5, 25), (30, -100, 20)),
+        *((-9, -3, -9), (-9, 3, -6), (-9, 100, 1)),
+    ):
+        assert focuser.corrected(planned, correction) == sent
+    focuser.config = AutofocusConfig(reach_um=10)
+    assert focuser.corrected(1000, 11) == 1010
+    assert focuser.corrected(1000, -11) == 990
+
+
+def test_a_search_goes_first_where_the_objective_touches_nothing() -> None:
+    for side, direction, safe in (
+        *(("auto", 1, -1), ("auto", -1, 1), ("auto", 0, -1)),
+        *(("up", 1, 1), ("down", -1, -1)),
+    ):
+        for trusted in (False, True):
+            config = AutofocusConfig(safe_side=side, most_images=7)
+            rule = search_rule(config, direction, trusted=trusted)
+            assert (rule.safe_side, rule.most_images) == (safe, 7)
+            assert (rule.trust_sign, rule.verify) == (trusted, not trusted)
+    for said, of_core, direction in (
+        *(("auto", -1, -1), ("auto", 0, 0), ("toward", -1, 1)),
+        *(("away", 1, -1), ("unknown", 1, 0)),
+    ):
+        assert direction_of(AutofocusConfig(direction=said), of_core) == direction
+
+
+def test_play_is_passed_unless_somebody_says_that_there_is_none() -> None:
+    limits, unit_um = Limits(0, 9), 2.0
+    for said, approach, overshoot_um in (
+        ({}, 1, 2.0),
+        ({"approach": "down"}, -1, 2.0),
+        ({"backlash_um": 0}, 0, 0.0),
+        ({"approach": "down", "backlash_um": 0.5}, -1, 0.5),
+    ):
+        config = AutofocusConfig(deadband=0.2, most_um=7, **said)
+        wanted = MoveRule(limits, 0.4, 7, approach, overshoot_um)
+        assert move_rule(config, limits, unit_um) == wanted
 
 
 class HostileStage:
