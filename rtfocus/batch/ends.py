@@ -29,18 +29,15 @@ from rtfocus.errors import (
     ConfigError,
     InputError,
     OutputError,
-    WriterError,
-    number_of,
     writing,
 )
 from rtfocus.frame import FrameResult
 from rtfocus.image_set import ImageSet
-from rtfocus.images.metadata import OutputImage, json_mark, run_at
+from rtfocus.images.metadata import OutputImage, json_mark
 from rtfocus.images.outputs import ImageOutput, OutputGuard
 from rtfocus.images.reading import FoundImages, companions, find_images
 from rtfocus.images.series import ImageSeries
 from rtfocus.images.zarr_writing import places_in_zarr, prepare_zarr
-from rtfocus.writers.finish import places_without_frame
 
 _T = TypeVar("_T")
 
@@ -81,10 +78,6 @@ class Batch:
         if Path(job.source).is_dir() and not _is_one(self.found, job):
             inputs.pop()  # merely searched
         self._guard = OutputGuard(inputs, overwrite=overwrite)
-
-    def notes(self) -> list[str]:
-        """Say, a line each, what is left out, filled in or assumed."""
-        return notes_of(self.found, self.images)
 
     def plan(self) -> Begun:
         """Return the plan, begun now or by an earlier call.
@@ -400,30 +393,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def notes_of(found: FoundImages, images: ImageSet) -> list[str]:
-    """Say, a line each, what is left out, filled in or assumed, before the work."""
-    notes = [note for series in found.series for note in series.notes]
-    runs = {one.path.absolute().parent: one.sizes["t"] for one in found.series}
-    notes += [_without_frame(run, runs[run]) for run in filter(run_at, runs)]
-    if found.skipped:
-        number = len(found.skipped)
-        notes.append(f"{number} earlier results of rtfocus are no inputs")
-    return [note for note in dict.fromkeys([*notes, *images.assumptions()]) if note]
-
-
-def _without_frame(run: Path, time_points: int) -> str:
-    """Say which planes of a run never had a frame; empty: all had one."""
-    try:
-        count, first = places_without_frame(run, time_points)
-    except WriterError as error:
-        return f"planes of '{run}' may be without a frame: {error}"
-    if not count:
-        return ""
-    more = f" and {count - len(first)} more" if count > len(first) else ""
-    named, number = ", ".join(first) + more, number_of(count, "plane")
-    return f"'{run}' has {number} without a frame, nothing but 0: {named}"
 
 
 def _found_in(path: Path, kind: type[_T]) -> _T:

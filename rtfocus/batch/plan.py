@@ -27,6 +27,7 @@ from rtfocus import files
 from rtfocus.errors import ConfigError, OutputError, writing
 from rtfocus.frame import FrameResult, TileGrid
 from rtfocus.images.series import ImageSeries
+from rtfocus.images.zarr_writing import arrays_of
 
 Command = Literal["restore", "classify"]
 Form = Literal["folder", "file", "zarr", "rows"]
@@ -420,8 +421,3 @@ def _read(path: Path, kind: type[_T], remedy: str = "run the batch again") -> _T
     except (OSError, msgspec.MsgspecError, RecursionError) as error:
         msg = f"'{path}' cannot be read as the state of a batch: {error}; {remedy}"
         raise OutputError(msg) from error
-
-
-def arrays_of(group: Path) -> list[Path]:
-    """Return the arrays of an image in an OME-Zarr."""
-    return [path for path in group.iterdir() if (path / "zarr.json").is_file()]

@@ -4,7 +4,6 @@ A process keeps what it has opened, above all the engines with their weights, fr
 unit to the next.
 """
 
-import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +26,6 @@ from rtfocus.batch.plan import (
     Ledger,
     StatedErrors,
     Unit,
-    arrays_of,
     content_of,
     digest_of_making,
     facts_of,
@@ -48,7 +46,7 @@ from rtfocus.images.optics import StatedOptics
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.images.reading import companions, find_images, stretch_histogram
 from rtfocus.images.series import ContrastWindow, ImageSeries, StagePosition
-from rtfocus.images.zarr_writing import fill_image
+from rtfocus.images.zarr_writing import fill_apart, put_in_place
 
 _MOST_SOURCES = 8
 """Files whose list of images a process keeps."""
@@ -156,11 +154,11 @@ class _Opened:
         if self._plan.form == "zarr":
             group = ledger.store / unit.target
             with writing(group, OutputError), ledger.part(unit) as part:
-                _fill_apart(part, group, image)
+                fill_apart(part, group, image)
                 files.keep(part)
                 self._keep_errors(stated, ledger, unit, series)
                 self._insist(ledger, unit, series)
-                _put_in_place(part, group)
+                put_in_place(part, group)
             return images.cut()
         guard = OutputGuard(companions([series]), overwrite=True)
         target = guard.claim(ledger.output / unit.target, named=not unit.target)
@@ -309,32 +307,6 @@ def image_set_of(
         free_choice=job.free_choice,
         states_error=job.expected_error is not None,
     )
-
-
-def _fill_apart(part: Path, group: Path, image: OutputImage) -> None:
-    """Write the pixels of an image elsewhere: who is killed leaves half of none."""
-    for array in arrays_of(group):
-        (part / array.name).mkdir(parents=True)
-        shutil.copyfile(array / "zarr.json", part / array.name / "zarr.json")
-    fill_image(part, "", image)
-
-
-def _put_in_place(part: Path, group: Path) -> None:
-    """Move the pixels of an image into their arrays, each whole.
-
-    What stands there came so too, from a process that was killed before its mark or
-    does the same unit: it is whole, and is never taken away.
-    """
-    for array in arrays_of(group):
-        chunks, place = part / array.name / "c", array / "c"
-        if place.exists() or not chunks.exists():  # zeros alone need no chunks
-            continue
-        try:
-            files.replace(chunks, place)
-        except OutputError:
-            if not place.exists():
-                raise
-        files.keep_names(array)
 
 
 def failure_of(error: BaseException) -> Failure:

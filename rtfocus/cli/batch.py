@@ -23,10 +23,15 @@ from rtfocus.errors import (
     ConfigError,
     IncompleteError,
     InputError,
+    WriterError,
     number_of,
     writing,
 )
 from rtfocus.files import recover
+from rtfocus.image_set import ImageSet
+from rtfocus.images.metadata import run_at
+from rtfocus.images.reading import FoundImages
+from rtfocus.writers.finish import places_without_frame
 
 SchedulerOption = Annotated[
     str | None,
@@ -125,7 +130,7 @@ def run_batch(job: BatchJob, many: Many, *, overwrite: bool) -> None:
             _refuse_changed(batch.changed(plan))
             _finish(batch, plan, "do their parts again: --unit K/N")
             return
-        for line in batch.notes():
+        for line in notes_of(batch.found, batch.images):
             typer.echo(line, err=True)
         begun = batch.plan()
         plan, done = begun.plan, begun.done
@@ -270,6 +275,30 @@ def _finish(batch: Batch, plan: BatchPlan, remedy: str) -> None:
         count = number_of(len(lost), "image")
         msg = f"{count} not {word}: {named(lost)}; {done} {word}{again}"
         raise (IncompleteError if done else InputError)(msg)
+
+
+def notes_of(found: FoundImages, images: ImageSet) -> list[str]:
+    """Say, a line each, what is left out, filled in or assumed, before the work."""
+    notes = [note for series in found.series for note in series.notes]
+    runs = {one.path.absolute().parent: one.sizes["t"] for one in found.series}
+    notes += [_without_frame(run, runs[run]) for run in filter(run_at, runs)]
+    if found.skipped:
+        number = len(found.skipped)
+        notes.append(f"{number} earlier results of rtfocus are no inputs")
+    return [note for note in dict.fromkeys([*notes, *images.assumptions()]) if note]
+
+
+def _without_frame(run: Path, time_points: int) -> str:
+    """Say which planes of a run never had a frame; empty: all had one."""
+    try:
+        count, first = places_without_frame(run, time_points)
+    except WriterError as error:
+        return f"planes of '{run}' may be without a frame: {error}"
+    if not count:
+        return ""
+    more = f" and {count - len(first)} more" if count > len(first) else ""
+    names, number = ", ".join(first) + more, number_of(count, "plane")
+    return f"'{run}' has {number} without a frame, nothing but 0: {names}"
 
 
 def _begun(ledger: Ledger, job: BatchJob) -> BatchPlan:

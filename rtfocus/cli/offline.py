@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from rtfocus.batch.ends import ErrorMaps, notes_of
+from rtfocus.batch.ends import ErrorMaps
 from rtfocus.batch.plan import BatchJob, Command, content_of
 from rtfocus.batch.scheduler import WORKERS_S
 from rtfocus.batch.work import classified, plane_row
@@ -22,6 +22,7 @@ from rtfocus.cli.batch import (
     UnitOption,
     WaitOption,
     named,
+    notes_of,
     run_batch,
 )
 from rtfocus.cli.commands import (

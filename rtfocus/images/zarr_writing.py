@@ -5,6 +5,7 @@ the groups say is turned into it at the end.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from yaozarrs import v05
 from yaozarrs.write.v05 import Bf2RawBuilder, PlateBuilder, prepare_image
 
+from rtfocus import files
+from rtfocus.errors import OutputError
 from rtfocus.images.metadata import OutputImage, zarr_attributes
 from rtfocus.images.ome_xml import OmeImage, write_ome_xml
 from rtfocus.images.series import ImageChannel, ImageSeries, PlatePlace
@@ -386,3 +389,34 @@ def _omero_channel(channel: ImageChannel, image: OutputImage) -> v05.OmeroChanne
         color=channel.color or "FFFFFF",
         window=v05.OmeroWindow(start=start, min=low, end=end, max=high),
     )
+
+
+def arrays_of(group: Path) -> list[Path]:
+    """Return the arrays of an image in an OME-Zarr."""
+    return [path for path in group.iterdir() if (path / "zarr.json").is_file()]
+
+
+def fill_apart(part: Path, group: Path, image: OutputImage) -> None:
+    """Write the pixels of an image elsewhere: who is killed leaves half of none."""
+    for array in arrays_of(group):
+        (part / array.name).mkdir(parents=True)
+        shutil.copyfile(array / "zarr.json", part / array.name / "zarr.json")
+    fill_image(part, "", image)
+
+
+def put_in_place(part: Path, group: Path) -> None:
+    """Move the pixels of an image into their arrays, each whole.
+
+    What stands there came so too, from a process that was killed before its mark or
+    does the same unit: it is whole, and is never taken away.
+    """
+    for array in arrays_of(group):
+        chunks, place = part / array.name / "c", array / "c"
+        if place.exists() or not chunks.exists():  # zeros alone need no chunks
+            continue
+        try:
+            files.replace(chunks, place)
+        except OutputError:
+            if not place.exists():
+                raise
+        files.keep_names(array)
