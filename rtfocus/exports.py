@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import IncompleteError, InputError, number_of
-from rtfocus.images.metadata import OutputImage, PlaneFacts
+from rtfocus.images.metadata import TABLE_MARK, OutputImage, PlaneFacts
 from rtfocus.images.ome_zarr import read_ome_zarr
 from rtfocus.images.outputs import ImageOutput, OutputGuard
 from rtfocus.images.series import ImageSeries, StagePosition
@@ -198,7 +198,7 @@ class RunExport:
 
 
 def write_table(run: Run, output: Path, *, overwrite: bool = False) -> int:
-    """Write a row per frame as CSV, in UTF-8; return the number of frames.
+    """Write a row per frame as CSV, in marked UTF-8; return the number of frames.
 
     Columns are ``time_s`` since the first frame, the names of position and channel,
     and those of `Run.frames`. What is unknown is empty. Also of an unfinished run.
@@ -220,6 +220,7 @@ def write_table(run: Run, output: Path, *, overwrite: bool = False) -> int:
         guard.whole(output) as part,
         part.open("w", encoding="utf-8", newline="") as file,
     ):
+        file.write(TABLE_MARK)
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["time_s", "position", "channel", *columns])
         for frame in frames.tolist():

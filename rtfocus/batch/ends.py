@@ -1,12 +1,13 @@
 """Ends: how a batch begins, and how its output comes to its place."""
 
-import json
+import csv
+import io
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -19,27 +20,28 @@ from rtfocus.batch.plan import (
     Ledger,
     StatedErrors,
     Unit,
-    content_of,
     digest,
-    digest_of_making,
-    facts_of,
+    read_state,
+    text_of,
+    units_of,
 )
-from rtfocus.batch.work import classified, error_map, image_set_of
-from rtfocus.errors import (
-    ConfigError,
-    InputError,
-    OutputError,
-    writing,
-)
+from rtfocus.batch.work import error_map, image_row, image_set_of
+from rtfocus.errors import ConfigError, InputError, OutputError, writing
 from rtfocus.frame import FrameResult
 from rtfocus.image_set import ImageSet
-from rtfocus.images.metadata import OutputImage, json_mark
-from rtfocus.images.outputs import ImageOutput, OutputGuard
-from rtfocus.images.reading import FoundImages, companions, find_images
-from rtfocus.images.series import ImageSeries
+from rtfocus.images.metadata import TABLE_MARK, OutputImage
+from rtfocus.images.outputs import ImageOutput, OutputGuard, TextKind, json_text
+from rtfocus.images.reading import BrokenImage, FoundImages, companions, find_images
+from rtfocus.images.series import ImageSeries, writable_text
 from rtfocus.images.zarr_writing import places_in_zarr, prepare_zarr
 
-_T = TypeVar("_T")
+COLUMNS = (
+    *("image", "name", "plate", "well", "field", "position", "channel"),
+    *("t", "c", "z", "z_um", "z_offset_um"),
+    *("level", "defocus_um", "signed", "uncertainty_um", "confidence"),
+    *("foreground", "out_of_focus", "classifier", "optics", "status", "why"),
+)
+"""Of the table that ``classify`` writes, called as in its JSON and in a run's table."""
 
 
 class Begun(NamedTuple):
@@ -73,6 +75,7 @@ class Batch:
         self.found = find_images(Path(job.source))
         self.images = image_set_of(job, self.found.series)
         self.ledger = Ledger(Path(job.output))
+        self.rows: list[dict[str, Any]] = []
         self._overwrite = overwrite
         inputs = [*companions(self.found.series), Path(job.source)]
         if Path(job.source).is_dir() and not _is_one(self.found, job):
@@ -97,7 +100,7 @@ class Batch:
                 zip(self.found.series, targets, strict=True)
             )
         ]
-        broken = tuple((str(one.path), one.reason) for one in self.found.broken)
+        broken = tuple((text_of(one.path), one.reason) for one in self.found.broken)
         plan = new_plan(form, self.job, images, broken)
         if begun is not None and begun.key == plan.key:
             changed = self.ledger.extend(begun, plan)
@@ -164,7 +167,8 @@ class Batch:
         output, series = Path(self.job.output), self.found.series
         guard.claim_folder(self.ledger.folder)
         if self.job.command == "classify":
-            guard.claim_json(output)
+            for target, kind in self._texts():
+                guard.claim_text(target, kind)
             return "rows", [""] * len(series)
         place = ImageOutput(output, series, guard, Path(self.job.source))
         self._maps(guard)
@@ -228,22 +232,43 @@ class Batch:
         return rest
 
     def _collect(self, plan: BatchPlan, failed: set[str]) -> None:
-        """Write what was found in all images as one JSON."""
-        rows: list[Any] = []
+        """Write what was found in all images as JSON, as a table, or both."""
         for unit in plan.units:
             if unit.key not in failed:
-                found = _found_in(self.ledger.rows(unit), list[dict[str, Any]])
-                rows += map(self._as_given, found)
-        if not rows:
+                found = read_state(self.ledger.rows(unit), list[dict[str, Any]])
+                self.rows += [
+                    {**row, "path": self._as_given(row["path"])} for row in found
+                ]
+        if not self.rows:
             return  # nothing could be read: who calls says so
-        broken = [reason for _, reason in plan.broken]
-        broken += [f.reason for _, f in self.ledger.failures(plan)]
+        numbers = self._numbers()
+        lost = [BrokenImage(Path(path), reason) for path, reason in plan.broken]
+        for unit, failure in self.ledger.failures(plan):
+            # It may be there no more.
+            number = numbers.get((unit.path, unit.number))
+            image = None if number is None else self.found.series[number]
+            lost.append(BrokenImage(Path(unit.path), failure.reason, image))
+        broken = [
+            replace(one, path=Path(given), reason=one.reason.replace(path, given))
+            for one in lost
+            if (given := self._as_given(path := str(one.path)))
+        ]
         engine = self.job.settings["processing"]["classifier"]
-        content = classified(engine, rows, broken)
-        if not self._is_written(content):
-            self._guard.write_json(self.ledger.output, content)
-            files.keep(self.ledger.output)
-            files.keep_names(self.ledger.output.parent)
+        findings = Findings(engine, self.rows, broken, Path(self.job.given))
+        for target, kind in self._texts():
+            text = findings.text(kind)
+            # A call that was killed afterwards has written just this.
+            if not (target.is_file() and target.read_bytes() == text.encode()):
+                self._guard.write_text(target, text)
+                files.keep(target)
+                files.keep_names(target.parent)
+
+    def _texts(self) -> list[tuple[Path, TextKind]]:
+        output, table = self.job.output, self.job.table
+        return texts_of(
+            None if output == table else Path(output),
+            None if table is None else Path(table),
+        )
 
     def _maps(self, guard: OutputGuard) -> "ErrorMaps":
         """Return what writes the errors that are stated; its place is claimed."""
@@ -257,25 +282,72 @@ class Batch:
             return
         # An earlier call may have written those of fewer images.
         maps = self._maps(self._guard.fresh(overwrite=True))
-        images = units_of((series, "", {}) for series in self.found.series)
-        numbers = {(one.path, one.number): n for n, one in enumerate(images)}
+        numbers = self._numbers()
         for unit in plan.units:
             number = numbers.get((unit.path, unit.number))
             if number is not None and unit.key not in failed:
-                maps.take(number, _found_in(self.ledger.errors(unit), StatedErrors))
+                maps.take(number, read_state(self.ledger.errors(unit), StatedErrors))
         maps.write(self.images)
 
-    def _is_written(self, content: dict[str, Any]) -> bool:
-        """Tell whether a call that was killed afterwards has written just this."""
-        try:
-            found = json.loads(self.ledger.output.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return False
-        return bool(found == {**json_mark(), **content})
+    def _numbers(self) -> dict[tuple[str, int], int]:
+        """Return the numbers of the images by what a unit knows of its own."""
+        images = units_of((series, "", {}) for series in self.found.series)
+        return {(one.path, one.number): n for n, one in enumerate(images)}
 
-    def _as_given(self, row: dict[str, Any]) -> dict[str, Any]:
-        below = Path(row["path"]).relative_to(self.job.source)
-        return {**row, "path": str(Path(self.job.given) / below)}
+    def _as_given(self, path: str) -> str:
+        return str(Path(self.job.given) / Path(path).relative_to(self.job.source))
+
+
+def texts_of(json_file: Path | None, table: Path | None) -> list[tuple[Path, TextKind]]:
+    """Return the files that are asked of ``classify``, with their kinds."""
+    texts: list[tuple[Path, TextKind]] = []
+    if json_file is not None:
+        texts.append((json_file, "json"))
+    return texts if table is None else [*texts, (table, "csv")]
+
+
+class Findings(NamedTuple):
+    """What ``classify`` found in images."""
+
+    engine: str | None
+    rows: list[dict[str, Any]]
+    """Of their planes, see `plane_row`."""
+    broken: list[BrokenImage]
+    root: Path
+    """The input, as paths in `rows` and `broken` begin."""
+
+    def text(self, kind: TextKind) -> str:
+        """Return all of it as JSON, or as a table."""
+        if kind == "csv":
+            return self._table()
+        content: dict[str, Any] = {"engine": self.engine, "images": self.rows}
+        if self.broken:
+            content["broken"] = [one.reason for one in self.broken]
+        return json_text(content)
+
+    def _table(self) -> str:
+        """Return a row for every plane, and for every image that cannot be read."""
+        file = io.StringIO()
+        file.write(TABLE_MARK)
+        table = csv.DictWriter(
+            file, COLUMNS, extrasaction="ignore", lineterminator="\n"
+        )
+        table.writeheader()
+        for row in self.rows:
+            known = {**row, **row["index"], **(row["estimate"] or {})}
+            known["image"] = self._within(Path(row["path"]))
+            table.writerow({**known, "status": "classified"})
+        for one in self.broken:
+            known = {} if one.image is None else image_row(one.image)
+            known |= {"image": self._within(one.path), "why": one.reason}
+            table.writerow({**known, "status": "broken"})
+        return writable_text(file.getvalue())
+
+    def _within(self, path: Path) -> str:
+        """Return where an image lies in the input, with the same slashes everywhere."""
+        if path == self.root or not path.is_relative_to(self.root):
+            return path.absolute().name
+        return path.relative_to(self.root).as_posix()
 
 
 class ErrorMaps:
@@ -359,48 +431,12 @@ def new_plan(
     )
 
 
-def units_of(
-    images: Iterable[tuple[ImageSeries, str, Mapping[str, str]]],
-) -> tuple[Unit, ...]:
-    """Return the units of some images, each given with its target and how."""
-    met: Counter[Path] = Counter()
-    known: dict[Path, str] = {}
-    units = []
-    for series, target, made in images:
-        number = met[series.path]
-        met[series.path] += 1
-        image = digest(f"{series.path}\n{number}\n{target}")
-        content, facts = content_of(series, known), facts_of(series)
-        units.append(
-            Unit(
-                key=digest(image + content + facts),
-                image=image,
-                content=content,
-                path=str(series.path),
-                number=number,
-                facts=facts,
-                made=digest_of_making(made),
-                target=target,
-                planes=len(series),
-            )
-        )
-    return tuple(units)
-
-
 def _link(source: str, target: str) -> None:
     """Give a file a second name; a copy where the disk has no links."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _found_in(path: Path, kind: type[_T]) -> _T:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError, RecursionError) as error:
-        msg = f"'{path}' of a unit that is done cannot be read: {error}"
-        raise OutputError(msg) from error
 
 
 def _is_one(found: FoundImages, job: BatchJob) -> bool:

@@ -13,7 +13,8 @@ Beside the output ``OUT`` lies, until the batch is done, the folder
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from hashlib import sha256
@@ -24,14 +25,14 @@ import msgspec
 import numpy as np
 
 from rtfocus import files
-from rtfocus.errors import ConfigError, OutputError, writing
+from rtfocus.errors import InputError, OutputError, writing
 from rtfocus.frame import FrameResult, TileGrid
-from rtfocus.images.series import ImageSeries
+from rtfocus.images.series import ImageSeries, writable_text
 from rtfocus.images.zarr_writing import arrays_of
 
 Command = Literal["restore", "classify"]
 Form = Literal["folder", "file", "zarr", "rows"]
-"""Output: a folder of TIFFs, one TIFF, an OME-Zarr, or the JSON of ``classify``."""
+"""Output: a folder of TIFFs, one TIFF, an OME-Zarr, or what ``classify`` found."""
 Fault = Literal["input", "changed", "output", "engine", "other"]
 """What a unit failed of; an input that changed under way is read by the next call."""
 
@@ -50,7 +51,7 @@ class BatchJob(msgspec.Struct, frozen=True):
     given: str
     """The input as the user gave it: so its files are called."""
     output: str
-    """Absolute; of ``classify`` the JSON file."""
+    """Absolute; of ``classify`` the JSON file, else the table."""
     settings: dict[str, Any]
     """The config, merged and checked."""
     optics: dict[str, Any] | None = None
@@ -61,6 +62,8 @@ class BatchJob(msgspec.Struct, frozen=True):
     """Nobody named an engine."""
     stretch: bool = False
     """8 bits for viewing."""
+    table: str | None = None
+    """CSV of ``classify``, absolute."""
     expected_error: str | None = None
     """Where the error left in restored images is written, absolute."""
 
@@ -186,19 +189,42 @@ def digest(text: str) -> str:
     return sha256(text.encode(errors="surrogatepass")).hexdigest()[:20]
 
 
-def part_of(text: str) -> tuple[int, int]:
-    """Read ``K/N``: the K-th, from 1, of N parts.
+def units_of(
+    images: Iterable[tuple[ImageSeries, str, Mapping[str, str]]],
+) -> tuple[Unit, ...]:
+    """Return the units of some images, each given with its target and how."""
+    met: Counter[Path] = Counter()
+    known: dict[Path, str] = {}
+    units = []
+    for series, target, made in images:
+        number = met[series.path]
+        met[series.path] += 1
+        image = digest(f"{series.path}\n{number}\n{target}")
+        content, facts = content_of(series, known), facts_of(series)
+        units.append(
+            Unit(
+                key=digest(image + content + facts),
+                image=image,
+                content=content,
+                path=text_of(series.path),
+                number=number,
+                facts=facts,
+                made=digest_of_making(made),
+                target=target,
+                planes=len(series),
+            )
+        )
+    return tuple(units)
 
-    Raises
-    ------
-    ConfigError
-        If it is none.
-    """
-    number, _, of = text.partition("/")
-    if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
-        return int(number), int(of)
-    msg = f"--unit '{text}' is no part: K/N with K from 1 to N, such as 3/40"
-    raise ConfigError(msg)
+
+def text_of(path: Path) -> str:
+    """Return a path as a plan holds it; InputError: its name is no UTF-8."""
+    try:
+        return str(path).encode().decode()
+    except UnicodeEncodeError as error:
+        name = writable_text(str(path))
+        msg = f"'{name}': a batch takes names in UTF-8; rename it, or use one process"
+        raise InputError(msg) from error
 
 
 class Ledger:
@@ -227,7 +253,7 @@ class Ledger:
         path = self.folder / "plan.json"
         if not path.exists():
             return None
-        return _read(path, BatchPlan, "remove the folder, or give --overwrite")
+        return read_state(path, BatchPlan, "remove the folder, or give --overwrite")
 
     def begin(self, plan: BatchPlan, prepare: Callable[[Path], None] | None) -> None:
         """Keep a new plan; what an earlier one left is removed.
@@ -328,7 +354,7 @@ class Ledger:
             note
             for unit in plan.units
             if unit.key in done
-            for note in _read(self.folder / "done" / unit.key, _Done).notes
+            for note in read_state(self.folder / "done" / unit.key, _Done).notes
         )
         return list(said)
 
@@ -338,7 +364,7 @@ class Ledger:
         # Two may have done the same unit, and one have come too late.
         marked -= self._marked("done")
         return [
-            (unit, _read(self.folder / "failed" / unit.key, Failure))
+            (unit, read_state(self.folder / "failed" / unit.key, Failure))
             for unit in plan.units
             if unit.key in marked
         ]
@@ -415,7 +441,8 @@ class _Done(msgspec.Struct):
     notes: list[str]
 
 
-def _read(path: Path, kind: type[_T], remedy: str = "run the batch again") -> _T:
+def read_state(path: Path, kind: type[_T], remedy: str = "run the batch again") -> _T:
+    """Read a file of a batch's folder; OutputError says what helps."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError, RecursionError) as error:

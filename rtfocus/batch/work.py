@@ -140,7 +140,7 @@ class _Opened:
             raise EngineError(msg)
         if job.command == "classify":
             rows = [
-                plane_row(images, 0, index, result)
+                plane_row(images, 0, index, result, with_tiles=job.table != job.output)
                 for index, result in images.classified(0)
             ]
             self._keep(ledger.rows(unit), rows, ledger, unit, series)
@@ -324,36 +324,63 @@ def _fault_of(error: BaseException) -> Fault:
     return "output" if isinstance(error, (OutputError, OSError)) else "other"
 
 
-def classified(
-    engine: str | None, rows: list[dict[str, Any]], broken: list[str]
-) -> dict[str, Any]:
-    """Return what ``classify`` writes: its engine, planes, and what cannot be read."""
-    content: dict[str, Any] = {"engine": engine, "images": rows}
-    return {**content, "broken": broken} if broken else content
-
-
 def plane_row(
-    images: ImageSet, number: int, index: dict[str, int], result: FrameResult
+    images: ImageSet,
+    number: int,
+    index: dict[str, int],
+    result: FrameResult,
+    *,
+    with_tiles: bool,
 ) -> dict[str, Any]:
-    """Return what was found in a plane as plain values."""
+    """Return what was found in a plane as plain values; unknown is None."""
     series, estimate = images.series[number], result.estimate
-    described = None
-    if estimate is not None:
-        described = {
-            "level": estimate.level,
-            "defocus_um": estimate.defocus_um,
-            "signed": estimate.signed,
-            "confidence": estimate.confidence,
-        }
+    told = ("level", "defocus_um", "signed", "confidence")
+    names, step = series.channel_names, series.z_step_um
+    of_stack = None if step is None else round(index["z"] * step, 9)
+    return {
+        **image_row(series),
+        "channel": names[index["c"]] if names else None,
+        "index": index,
+        # Files tell of the stage at the first plane alone.
+        "z_um": series.stage and (None if any(index.values()) else series.stage.z_um),
+        "z_offset_um": of_stack if index["z"] else 0.0,
+        "shape": list(series.shape),
+        "estimate": estimate and {name: getattr(estimate, name) for name in told},
+        "foreground": estimate and estimate.foreground,
+        **_shares(result.defocus),
+        "classifier": result.engines.get("classifier"),
+        **({"tiles": tile_rows(result)} if with_tiles else {}),
+        "optics": images.optics(number, index["c"]).describe(),
+    }
+
+
+def image_row(series: ImageSeries) -> dict[str, str | int | None]:
+    """Return which image it is as plain values; unknown is None."""
+    plate = well = field = None
+    if (place := series.place) is not None:
+        plate, field = place.plate, place.field
+        well = place.rows[place.row] + place.columns[place.column]
     return {
         "path": str(series.path),
         "name": series.name,
-        "index": index,
-        "shape": list(series.shape),
-        "estimate": described,
-        "tiles": tile_rows(result),
-        "optics": images.optics(number, index["c"]).describe(),
+        "plate": plate,
+        "well": well,
+        "field": field,
+        "position": series.position,
     }
+
+
+def _shares(found: DefocusMap | None) -> dict[str, float | None]:
+    """Return the share of tiles with specimen out of focus, and how far off they are.
+
+    The deviation is the median of what the tiles state.
+    """
+    shares: dict[str, float | None] = {"out_of_focus": None, "uncertainty_um": None}
+    if found is not None and (there := found.level != BACKGROUND).any():
+        shares["out_of_focus"] = float(np.mean(found.level[there] != 0))
+        if found.stated_um is not None:
+            shares["uncertainty_um"] = float(np.median(found.stated_um[there]))
+    return shares
 
 
 def error_map(

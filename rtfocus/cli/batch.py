@@ -1,6 +1,7 @@
 """Batch options: commands by many processes, or as a job array."""
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,10 +15,10 @@ from msgspec import to_builtins
 from msgspec.structs import replace
 
 from rtfocus.batch.ends import Batch, Begun
-from rtfocus.batch.plan import BatchJob, BatchPlan, Failure, Ledger, Unit, part_of
+from rtfocus.batch.plan import BatchJob, BatchPlan, Failure, Ledger, Unit
 from rtfocus.batch.scheduler import WORKERS_S, R, U, goes_on, run_on, workers_of
 from rtfocus.batch.work import doing, run_here
-from rtfocus.cli.display import counting
+from rtfocus.cli.display import counting, told_of
 from rtfocus.errors import (
     BusyError,
     ConfigError,
@@ -30,6 +31,7 @@ from rtfocus.errors import (
 from rtfocus.files import recover
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import run_at
+from rtfocus.images.outputs import STANDARD_OUTPUT
 from rtfocus.images.reading import FoundImages
 from rtfocus.writers.finish import places_without_frame
 
@@ -103,6 +105,30 @@ class Many:
     def is_asked_for(self) -> bool:
         """Tell whether there are to be any."""
         return self != Many()
+
+
+def files_of_many(
+    json_file: Path | None, table: Path | None
+) -> tuple[Path, str | None]:
+    """Return the output of a batch of ``classify``, and its table."""
+    given = [path for path in (json_file, table) if path is not None]
+    if not given or any(str(path) in STANDARD_OUTPUT for path in given):
+        msg = (
+            "many processes need a file for what they find: --json FILE, --csv FILE "
+            "or both"
+        )
+        raise ConfigError(msg)
+    if len({os.path.abspath(path) for path in given}) < len(given):
+        msg = f"two results would both be '{table}'; choose different names"
+        raise ConfigError(msg)
+    return given[0], None if table is None else os.path.abspath(table)
+
+
+def refuse_with_many(option: str, given: object) -> None:
+    """Refuse what only one process can do."""
+    if given is not None:
+        msg = f"{option} is for one process; leave it out, or the options of many"
+        raise ConfigError(msg)
 
 
 def run_batch(job: BatchJob, many: Many, *, overwrite: bool) -> None:
@@ -256,7 +282,10 @@ def _finish(batch: Batch, plan: BatchPlan, remedy: str) -> None:
     word = "restored" if job.command == "restore" else "classified"
     if delivered and done:
         what = f"{number_of(planes, 'plane')} of {number_of(done, 'image')}"
-        typer.echo(f"{word} {what} to {job.output}")
+        places = dict.fromkeys([job.output, job.table or job.output])
+        typer.echo(f"{word} {what} to {' and '.join(places)}")
+        for line in told_of(batch.rows, each=False):
+            typer.echo(line)
         if job.expected_error is not None:
             typer.echo(f"expected error: {job.expected_error}", err=True)
     if waiting:
@@ -363,6 +392,21 @@ def _resources(text: str | None) -> dict[str, float]:
         if name and 0 < float(number) < math.inf:
             return {name: float(number)}
     msg = f"--resources '{text}' is not NAME=N, such as GPU=1"
+    raise ConfigError(msg)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Read ``K/N``: the K-th, from 1, of N parts.
+
+    Raises
+    ------
+    ConfigError
+        If it is none.
+    """
+    number, _, of = text.partition("/")
+    if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
+        return int(number), int(of)
+    msg = f"--unit '{text}' is no part: K/N with K from 1 to N, such as 3/40"
     raise ConfigError(msg)
 
 

@@ -7,10 +7,11 @@ import math
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rtfocus.frame import Estimate
 
@@ -29,6 +30,8 @@ _STEPS = "▁▂▃▄▅▆▇█"
 _WIDEST = 72
 """Characters of a sparkline; wider ones are harder to read."""
 _SOON_S = 600.0
+_MOST_PLANES_TOLD, _WORST = 40, 10
+"""Planes that get a line each; of more, those that are told."""
 
 
 @contextmanager
@@ -331,3 +334,67 @@ def _duration(seconds: float | None) -> str:
     if seconds > 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+
+
+def told_of(rows: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator[str]:
+    """Say, line by line, what ``classify`` found in planes.
+
+    Parameters
+    ----------
+    rows
+        A row per plane, as in its JSON.
+    each
+        Say it of every plane, unless they are many: then how many are out of focus,
+        and which are the farthest from it.
+    """
+    if len(rows) <= _MOST_PLANES_TOLD:
+        yield from (_told(row) for row in rows if each)
+        return
+    told = [row for row in rows if row["estimate"] is not None]
+    off = [row for row in told if row["estimate"]["level"]]
+    counts = {
+        "out of focus": len(off),
+        "in focus": sum(row["estimate"]["level"] == 0 for row in told),
+        "background": sum(row["estimate"]["level"] is None for row in told),
+        "without an estimate": len(rows) - len(told),
+    }
+    known = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+    yield f"{len(rows)} planes: {known}"
+    if off:
+        off.sort(key=lambda row: -abs(row["estimate"]["defocus_um"]))
+        yield f"farthest from focus, {min(len(off), _WORST)} of {len(off)}:"
+        yield from (f"  {_told(row)}" for row in off[:_WORST])
+    yield from _worst_wells(off, rows)
+    if each:
+        yield "every plane: --csv FILE.csv"
+
+
+def _worst_wells(
+    off: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Name the wells with most planes out of focus; with their plates, if several."""
+    keys = ("plate", "well") if len({row["plate"] for row in rows}) > 1 else ("well",)
+    of_off, of_all = (
+        Counter(" ".join(row[key] for key in keys) for row in some if row["well"])
+        for some in (off, rows)
+    )
+    if of_off:
+        worst = of_off.most_common(_WORST)
+        named = ", ".join(f"{well} {n} of {of_all[well]}" for well, n in worst)
+        yield f"wells with most planes out of focus: {named}"
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    index = " ".join(f"{axis}{n}" for axis, n in row["index"].items())
+    return f"{row['path']} ({row['name']} {index}): {_in_words(row['estimate'])}"
+
+
+def _in_words(estimate: dict[str, Any] | None) -> str:
+    if estimate is None:
+        return "no estimate"
+    if estimate["level"] is None:
+        return "background"
+    found = f"{estimate['defocus_um']:+.1f} um"
+    if not estimate["signed"]:
+        found = f"{estimate['defocus_um']:.1f} um from focus"
+    return f"level {estimate['level']}, {found} ({estimate['confidence']:.0%} sure)"

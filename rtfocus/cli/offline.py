@@ -1,7 +1,7 @@
 """Offline commands: ``restore`` and ``classify`` files as the live loop would."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from rtfocus.batch.ends import ErrorMaps
+from rtfocus.batch.ends import ErrorMaps, Findings, texts_of
 from rtfocus.batch.plan import BatchJob, Command, content_of
 from rtfocus.batch.scheduler import WORKERS_S
-from rtfocus.batch.work import classified, plane_row
+from rtfocus.batch.work import plane_row
 from rtfocus.cli.batch import (
     FinishOption,
     InitOption,
@@ -21,8 +21,10 @@ from rtfocus.cli.batch import (
     SchedulerOption,
     UnitOption,
     WaitOption,
+    files_of_many,
     named,
     notes_of,
+    refuse_with_many,
     run_batch,
 )
 from rtfocus.cli.commands import (
@@ -33,7 +35,7 @@ from rtfocus.cli.commands import (
     SetOption,
     read_config,
 )
-from rtfocus.cli.display import counting
+from rtfocus.cli.display import counting, told_of
 from rtfocus.config import Config, parse_config
 from rtfocus.config.loading import overridden, restoring_in, with_engine
 from rtfocus.errors import ConfigError, IncompleteError, InputError, number_of
@@ -84,6 +86,14 @@ ErrorOption = Annotated[
 JsonOption = Annotated[
     Path | None,
     typer.Option("--json", help="Write the full result here; - is the output."),
+]
+CsvOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--csv",
+        metavar="FILE.csv",
+        help="Write a table here, a row per plane; - is the output.",
+    ),
 ]
 
 
@@ -160,7 +170,7 @@ def restore(
     free_choice = engine is None and not is_named and not _is_run(path)
     many = Many(scheduler, resources, wait_workers, init, unit, finish)
     if many.is_asked_for:
-        _refuse_with_many("--picture", picture)
+        refuse_with_many("--picture", picture)
         asked = _job("restore", path, output, settings, optics)
         errors = None if expected_error is None else os.path.abspath(expected_error)
         asked = msgspec.structs.replace(
@@ -199,6 +209,7 @@ def restore(
 def classify(
     path: InputArgument,
     json_file: JsonOption = None,
+    csv_file: CsvOption = None,
     engine: Annotated[str | None, typer.Option(help="Classifier engine.")] = None,
     optics: OpticsOption = None,
     picture: PictureOption = None,
@@ -215,6 +226,8 @@ def classify(
     """Estimate the defocus of images, tile by tile.
 
     [bold]Example:[/] rtfocus classify stack.tif --json defocus.json
+
+    rtfocus classify plate.ome.zarr --csv planes.csv
     """
     settings = _settings(path, config, overrides)
     settings = settings.without_restoration()
@@ -222,48 +235,65 @@ def classify(
         settings = with_engine(settings, "classifier", engine)
     many = Many(scheduler, resources, wait_workers, init, unit, finish)
     if many.is_asked_for:
-        _refuse_with_many("--picture", picture)
-        target = _json_of_many(json_file)
+        refuse_with_many("--picture", picture)
+        target, table = files_of_many(json_file, csv_file)
         asked = _job("classify", path, target, settings, optics)
+        asked = msgspec.structs.replace(asked, table=table)
         run_batch(asked, many, overwrite=overwrite)
         return
     found = find_images(path)
     as_found = _contents(found)
     guard = _guard(path, found, overwrite)
-    if json_file is not None:
-        guard.claim_json(json_file)
+    wanted = texts_of(json_file, csv_file)
+    for target, kind in wanted:
+        guard.claim_text(target, kind)
     shown = SideBySide(guard, picture)
     images = ImageSet(settings, found.series, stated=_stated(optics))
     _tell(notes_of(found, images))
-    described: list[dict[str, Any]] = []
-    broken = list(found.broken)
     with counting("planes", sum(map(len, found.series))) as on_plane, images:
-        for number, series in enumerate(found.series):
-            try:
-                for row in _classified(images, number, shown):
-                    described.append(row)
-                    on_plane()
-            except InputError as error:
-                broken.append(BrokenImage(series.path, str(error)))
+        tiles = json_file is not None
+        described, lost = _described(images, shown, on_plane, tiles=tiles)
+    broken = [*found.broken, *lost]
     _tell_picture(shown.save())
-    if json_file is not None and described:
-        reasons = [one.reason for one in broken]
-        content = classified(settings.processing.classifier, described, reasons)
-        guard.write_json(json_file, content)
-        to_output = str(json_file) in STANDARD_OUTPUT
-        done = f"classified {number_of(len(described), 'plane')} to {json_file}"
+    to_output = any(str(target) in STANDARD_OUTPUT for target, _ in wanted)
+    if wanted and described:
+        engine = settings.processing.classifier
+        findings = Findings(engine, described, broken, _source(path))
+        for target, kind in wanted:
+            guard.write_text(target, findings.text(kind))
+        places = " and ".join(str(target) for target, _ in wanted)
+        done = f"classified {number_of(len(described), 'plane')} to {places}"
         typer.echo(done, err=to_output)
-    elif json_file is None:
-        for image in described:
-            typer.echo(f"{_place(image)}: {_in_words(image['estimate'])}")
+    for line in told_of(described, each=not wanted):
+        typer.echo(line, err=to_output)
     _refuse_broken(broken, len(described), "plane", "classified")
     _refuse_changed(found, as_found)
+
+
+def _described(
+    images: ImageSet, shown: SideBySide, on_plane: Callable[[], None], *, tiles: bool
+) -> tuple[list[dict[str, Any]], list[BrokenImage]]:
+    """Return a row for every plane, and images that cannot be read: they have none."""
+    described: list[dict[str, Any]] = []
+    broken: list[BrokenImage] = []
+    for number, series in enumerate(images.series):
+        rows = []
+        try:
+            planes = images.classified(number)
+            for index, result in shown.classified(images, number, planes):
+                rows.append(plane_row(images, number, index, result, with_tiles=tiles))
+                on_plane()
+        except InputError as error:
+            broken.append(BrokenImage(series.path, str(error), series))
+        else:
+            described += rows
+    return described, broken
 
 
 def _job(
     command: Command, path: Path, output: Path, settings: Config, optics: str | None
 ) -> BatchJob:
-    source = path / "raw.ome.zarr" if _is_run(path) else path
+    source = _source(path)
     # Workers stand in other folders, and files may change until they begin.
     folders = map(os.path.abspath, settings.processing.engine_folders)
     settings = settings.with_processing(engine_folders=[*map(Path, folders)])
@@ -278,17 +308,8 @@ def _job(
     )
 
 
-def _json_of_many(path: Path | None) -> Path:
-    if path is None or str(path) in STANDARD_OUTPUT:
-        msg = "many processes need a file for what they find: --json FILE"
-        raise ConfigError(msg)
-    return path
-
-
-def _refuse_with_many(option: str, given: object) -> None:
-    if given is not None:
-        msg = f"{option} is for one process; leave it out, or the options of many"
-        raise ConfigError(msg)
+def _source(path: Path) -> Path:
+    return path / "raw.ome.zarr" if _is_run(path) else path
 
 
 def _output(
@@ -425,27 +446,3 @@ def _refuse_changed(found: FoundImages, as_found: list[str]) -> None:
 
 def _is_run(path: Path) -> bool:
     return path.suffix == SUFFIX and path.is_dir()
-
-
-def _classified(
-    images: ImageSet, number: int, shown: SideBySide
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one image's planes."""
-    for index, result in shown.classified(images, number, images.classified(number)):
-        yield plane_row(images, number, index, result)
-
-
-def _place(image: dict[str, Any]) -> str:
-    index = " ".join(f"{axis}{n}" for axis, n in image["index"].items())
-    return f"{image['path']} ({image['name']} {index})"
-
-
-def _in_words(estimate: dict[str, Any] | None) -> str:
-    if estimate is None:
-        return "no estimate"
-    if estimate["level"] is None:
-        return "background"
-    found = f"{estimate['defocus_um']:+.1f} um"
-    if not estimate["signed"]:
-        found = f"{estimate['defocus_um']:.1f} um from focus"
-    return f"level {estimate['level']}, {found} ({estimate['confidence']:.0%} sure)"

@@ -198,19 +198,14 @@ _NAME = "rtfocus"
 TEXT_MARK = f"# written by {SOFTWARE}"
 """First line of YAML results."""
 _TEXT_BEGIN = TEXT_MARK.rpartition(" ")[0].encode()
-_TABLE_BEGIN = b"time_s,position,channel,sequence,"
+TABLE_MARK = "\ufeff"
+"""In front of a CSV: without it Excel reads its UTF-8 as other letters, in silence."""
+_TABLE_BEGINS = b"time_s,position,channel,sequence,", b"image,name,plate,well,"
 _ENGINE_CARD = "engine.yaml"
 TIFF_ENDINGS = (".tif", ".tiff")
 _ENDINGS = (
-    ".ome.tiff",
-    ".ome.tif",
-    ".ome.zarr",
-    *TIFF_ENDINGS,
-    ".zarr",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".bmp",
+    *(".ome.tiff", ".ome.tif", ".ome.zarr", *TIFF_ENDINGS, ".zarr"),
+    *(".png", ".jpg", ".jpeg", ".bmp"),
 )
 _SOFTWARE_TAG = 305
 _PNG_KEY = "Software"
@@ -289,7 +284,8 @@ def png_mark() -> "PngInfo":
 
 def _is_text_result(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(64).startswith((_TEXT_BEGIN, _TABLE_BEGIN))
+        begins = file.read(64).removeprefix(TABLE_MARK.encode())
+        return begins.startswith((_TEXT_BEGIN, *_TABLE_BEGINS))
 
 
 def _is_exported_engine(folder: Path) -> bool:

@@ -11,11 +11,12 @@ its pixels, channels and wells is kept; what it does not say stays unknown.
 import json
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rtfocus import files
 from rtfocus.errors import IncompleteError, InputError, OutputError, number_of
@@ -41,8 +42,9 @@ _JOURNAL_BEGIN = b'{"kind": '
 """Of every line that autofocus writes down."""
 
 STANDARD_OUTPUT = ("-", "/dev/stdout")
-"""What ``--json`` takes for the output of the command."""
+"""What ``--json`` and ``--csv`` take for the output of the command."""
 
+TextKind = Literal["json", "csv"]
 Identity = tuple[int, int]
 """Device and inode: the same for all names and links of one file."""
 
@@ -70,8 +72,7 @@ class OutputGuard:
         self._claimed: dict[str, Path] = {}
         self._around: set[str] = set()
         for path in dict.fromkeys(filter(None, inputs)):
-            identity = _identity(path)
-            if identity is not None:
+            if (identity := _identity(path)) is not None:
                 self._inputs[identity] = path
             # Both the folders it is found in and those it really lies in.
             for place in {path.absolute(), _resolved(path)}:
@@ -118,12 +119,13 @@ class OutputGuard:
         _try_writing(target)
         return target
 
-    def claim_json(self, target: Path) -> Path:
-        """As `claim`, for a JSON file; the name of an image is refused."""
+    def claim_text(self, target: Path, kind: TextKind) -> Path:
+        """As `claim`, for a file of a kind; the name of an image is refused."""
         if target.suffix.lower() in _IMAGE_ENDINGS:
-            msg = f"'{target}' is the name of an image; give --json a name.json"
+            msg = f"'{target}' is the name of an image; give --{kind} a name.{kind}"
             raise OutputError(msg)
         if str(target) in STANDARD_OUTPUT:
+            self._refuse_twice(Path("-"))
             return target
         return self.claim(target)
 
@@ -158,15 +160,15 @@ class OutputGuard:
         """Return a context: a part beside the claimed `target`, moved there whole."""
         return files.whole(target, overwrite=self.overwrite)
 
-    def write_json(self, target: Path, content: Mapping[str, Any]) -> None:
-        """Write a claimed JSON file whole, marked as a result of rtfocus."""
-        marked = {**json_mark(), **content}
-        text = json.dumps(marked, indent=1, allow_nan=False)
+    def write_text(self, target: Path, text: str) -> None:
+        """Write a claimed text whole, in UTF-8 on every system."""
         if str(target) in STANDARD_OUTPUT:
-            print(text)  # noqa: T201 (the user asked for it there)
+            # Not as text: the system's own letters may lack some of a file's name.
+            sys.stdout.flush()
+            sys.stdout.buffer.write(text.encode())
             return
         with self.whole(target) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_bytes(text.encode())
 
     @contextmanager
     def report(self, folder: Path, mark: str, names: Iterable[str]) -> Iterator[Path]:
@@ -194,9 +196,7 @@ class OutputGuard:
             written = sorted(path.name for path in part.iterdir())
             self.claim_report(folder, mark, written)
             content = json.loads((part / mark).read_text("utf-8"))
-            marked = {**json_mark(), "files": written, **content}
-            text = json.dumps(marked, indent=1, allow_nan=False)
-            (part / mark).write_text(text, encoding="utf-8")
+            (part / mark).write_text(json_text({"files": written, **content}), "utf-8")
             for name in written:
                 with files.whole(folder / name, overwrite=self.overwrite) as place:
                     place.write_bytes((part / name).read_bytes())
@@ -227,8 +227,7 @@ class OutputGuard:
                 if run_at(folder):
                     raise _refusal(target, f"lies in the run folder '{folder}'")
             for parent in place.parents:
-                around = _identity(parent)
-                if around in self._inputs:
+                if (around := _identity(parent)) in self._inputs:
                     raise _refusal(
                         target, f"lies inside the input '{self._inputs[around]}'"
                     )
@@ -265,6 +264,11 @@ class OutputGuard:
             raise _refusal(target, "exists and was not written by rtfocus")
         if not self.overwrite:
             raise _refusal(target, "exists", "choose another output or --overwrite")
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Return a JSON file that is marked as a result of rtfocus."""
+    return json.dumps({**json_mark(), **content}, indent=1, allow_nan=False) + "\n"
 
 
 def _identity(path: Path) -> Identity | None:

@@ -191,6 +191,8 @@ class BrokenImage:
     path: Path
     reason: str
     """One line, names the file."""
+    image: ImageSeries | None = None
+    """Which of its images, where it could be opened."""
 
 
 @dataclass(frozen=True)

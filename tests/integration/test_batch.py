@@ -1,5 +1,7 @@
 """Batches: many processes do what one would, whoever is killed or lacks something."""
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -224,6 +226,128 @@ def test_classify_and_a_single_file(folder: Path, tmp_path: Path, address: str) 
     assert "--json FILE" in failed(command("classify", folder, *OPTICS, *many))
 
 
+def table_of(path: Path) -> list[dict[str, str]]:
+    """Read a table as a spreadsheet does: with the mark in front, and names quoted."""
+    text = path.read_bytes().decode("utf-8-sig")
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def damaged(field: Path) -> Path:
+    """Put something else in the place of a field's pixels; return their file."""
+    files = [path for path in (field / "0").rglob("*") if path.is_file()]
+    (chunk,) = (path for path in files if path.name[0] not in ".z")
+    chunk.write_bytes(b"broken")
+    return chunk
+
+
+def test_the_table_of_a_plate_is_the_same_by_every_door(
+    plate: Path, tmp_path: Path, address: str
+) -> None:
+    damaged(plate / "A/3/1")
+    asked = ("classify", plate, *OPTICS)
+    for name, more in (("one", ()), ("many", ("--scheduler", address))):
+        both = ("--json", tmp_path / f"{name}.json", "--csv", tmp_path / f"{name}.csv")
+        said = failed(command(*asked, *both, *more), ExitCode.INCOMPLETE)
+        assert "1 image" in said
+        assert_nothing_left(tmp_path / "many.json")
+    alone = ("--csv", tmp_path / "array.csv")
+    succeeded(command(*asked, *alone, "--init"))
+    command(*asked, *alone, "--unit", "1/1")
+    other = ("--json", tmp_path / "array.json", *alone, "--finish")
+    assert "no batch was begun" in failed(command(*asked, *other))
+    failed(command(*asked, *alone, "--finish"), ExitCode.INCOMPLETE)
+    assert_nothing_left(tmp_path / "array.csv")
+    json_file, table = ((tmp_path / "one").with_suffix(x) for x in (".json", ".csv"))
+    assert json_file.read_bytes() == (tmp_path / "many.json").read_bytes()
+    assert table.read_bytes() == (tmp_path / "many.csv").read_bytes()
+    assert table.read_bytes() == (tmp_path / "array.csv").read_bytes()
+
+
+def test_a_table_says_of_every_plane_what_the_json_says(
+    plate: Path, tmp_path: Path
+) -> None:
+    chunk = plate / "A/3/1/0"
+    whole = zarr.open_array(chunk, mode="r")[...]
+    damaged(plate / "A/3/1")
+    json_file, table = tmp_path / "found.json", tmp_path / "found.csv"
+    asked = ("classify", plate, *OPTICS, "--csv", table)
+    failed(command(*asked, "--json", json_file), ExitCode.INCOMPLETE)
+    found = json.loads(json_file.read_text("utf-8"))
+    *rows, broken = table_of(table)
+    fields = [(row["well"], row["field"]) for row in rows]
+    assert fields == [("A3", "0"), ("B3", "0"), ("B3", "1")]
+    for row, image in zip(rows, found["images"], strict=True):
+        assert_same(row, image)
+    assert (broken["well"], broken["field"], broken["status"]) == ("A3", "1", "broken")
+    assert (broken["level"], broken["t"], broken["foreground"]) == ("", "", "")
+    assert broken["why"] == found["broken"][0]
+    assert "cannot be read" in broken["why"]
+
+    # Mended, a later call replaces its own table and nobody else's.
+    zarr.open_array(chunk, mode="r+")[...] = whole
+    assert "exists" in failed(command(*asked))
+    succeeded(command(*asked, "--overwrite"))
+    assert [row["status"] for row in table_of(table)] == ["classified"] * 4
+    table.write_text("image,mine\n", "utf-8")
+    for more in ((), ("--init",)):
+        said = failed(command(*asked, "--overwrite", *more))
+        assert "was not written by rtfocus" in said
+
+
+def assert_same(row: dict[str, str], image: dict[str, Any]) -> None:
+    """Compare a row of a table with what the JSON says of a field's plane."""
+    assert (row["image"], row["plate"]) == ("plate.zarr", "screen")
+    assert (row["name"], row["well"]) == (image["name"], image["well"])
+    assert (row["t"], row["c"], row["z"]) == ("0", "0", "0")
+    for key in ("level", "defocus_um", "signed", "confidence"):
+        assert row[key] == str(image["estimate"][key])
+    there = [tile for tile in image["tiles"] if tile["level"] is not None]
+    off = sum(tile["level"] != 0 for tile in there)
+    assert float(row["foreground"]) == len(there) / len(image["tiles"])
+    assert float(row["out_of_focus"]) == off / len(there)
+    stated = [tile["uncertainty_um"] for tile in there]
+    assert float(row["uncertainty_um"]) == pytest.approx(np.median(stated))
+    assert row["classifier"].startswith("delpnet@")
+    assert "NA=0.75" in row["optics"]
+    assert (row["channel"], row["z_um"], row["why"]) == ("", "", "")
+    assert row["status"] == "classified"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no text")
+def test_names_in_a_table_are_those_of_the_files_as_far_as_text_can_be(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ('Größe "µ", 1.tif', "two\nlines.tif", "no\udcfftext.tif"):
+        tifffile.imwrite(folder / "day.1" / "new.tif", picture(7))
+        (folder / "day.1" / "new.tif").rename(folder / name)
+    (folder / "f1.tif").write_bytes(b"no TIFF")
+    monkeypatch.chdir(tmp_path)
+    asked = ("classify", folder.name, *OPTICS, "--csv")
+    names = {'Größe "µ", 1.tif', "two\nlines.tif", "no\ufffdtext.tif", "day.1/f4.tif"}
+    failed(command(*asked, "all.csv"), ExitCode.INCOMPLETE)
+    assert names < {row["image"] for row in table_of(tmp_path / "all.csv")}
+    refused = failed(command(*asked, "many.csv", "--init"), ExitCode.INPUT)
+    assert "no\ufffdtext.tif': a batch takes names in UTF-8" in refused
+    assert_nothing_left(tmp_path / "many.csv")
+    (folder / "no\udcfftext.tif").unlink()
+    said = command(*asked, "-")
+    failed(said, ExitCode.INCOMPLETE)
+    for step in (("--init",), ("--unit", "1/1"), ("--finish",)):
+        command(*asked, "many.csv", *step)
+    assert said.out == (tmp_path / "many.csv").read_text("utf-8")
+    assert "classified 7 planes to -" in said.err
+    rows = {row["image"]: row for row in table_of(tmp_path / "many.csv")}
+    assert rows["f1.tif"]["status"] == "broken"
+    assert rows["f1.tif"]["why"].startswith("'in/f1.tif' ")
+    assert rows["f0.tif"]["well"] == rows["f0.tif"]["position"] == ""
+    for place in ("-", "both.txt"):
+        assert "two results" in failed(command(*asked, place, "--json", place))
+    twice = ("both.txt", "--json", "both.txt", "--init")
+    assert "two results" in failed(command(*asked, *twice))
+    assert "--csv FILE" in failed(command(*asked, "-", "--init"))
+    assert "give --csv a name.csv" in failed(command(*asked, "new.tif"))
+
+
 def test_a_job_array_needs_no_scheduler(plate: Path, tmp_path: Path) -> None:
     one, many = tmp_path / "one.ome.zarr", tmp_path / "many.ome.zarr"
     succeeded(command("restore", plate, "-o", one, *WIENER))
@@ -385,6 +509,24 @@ def test_classify_killed_once_its_file_was_there_ends_without_overwrite(
     out.write_bytes(written)
     succeeded(command(*asked, "--finish"))
     assert out.read_bytes() == written
+    assert_nothing_left(out)
+
+
+def test_classify_killed_between_its_two_files_ends_without_overwrite(
+    folder: Path, tmp_path: Path
+) -> None:
+    out, table = tmp_path / "found.json", tmp_path / "found.csv"
+    asked = ("classify", folder, *OPTICS, "--json", out, "--csv", table)
+    succeeded(command(*asked, "--init"))
+    succeeded(command(*asked, "--unit", "1/1"))
+    plan = Ledger(out).plan()
+    assert plan is not None
+    Batch(plan.job)._collect(plan, set())
+    whole = table.read_bytes()
+    table.unlink()
+    said = succeeded(command(*asked, "--finish"))
+    assert f"classified 6 planes of 6 images to {out} and {table}" in said
+    assert table.read_bytes() == whole
     assert_nothing_left(out)
 
 

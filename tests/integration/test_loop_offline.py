@@ -1,5 +1,6 @@
 """The offline twins through the command line: any input, the very live results."""
 
+import csv
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -358,6 +359,48 @@ def test_a_broken_file_is_named_after_the_others_are_done(tmp_path, config_file)
     told = json.loads(found.read_text("utf-8"))
     assert len(told["images"]) == 2
     assert len(told["broken"]) == 1
+
+
+def test_of_an_image_that_cannot_be_read_to_its_end_no_plane_is_told(
+    tmp_path, config_file
+):
+    folder, _ = write_inputs(tmp_path)["folder"]
+    planes = np.full((3, *SHAPE), np.nan, np.float32)
+    tifffile.imwrite(folder / "f00.tif", planes, photometric="minisblack")
+    out = tmp_path / "found.json"
+    line = ("classify", folder, "--json", out, "--config", config_file)
+    said = failed(command(*line), ExitCode.INCOMPLETE)
+    assert "f00.tif'; 2 planes classified" in said
+    told = json.loads(out.read_text("utf-8"))
+    assert [Path(image["path"]).name for image in told["images"]] == [
+        "f0.tif",
+        "f1.tif",
+    ]
+
+
+def test_a_table_tells_channel_and_z_where_the_file_knows_them(tmp_path):
+    path, out = tmp_path / "stack.ome.tif", tmp_path / "found.csv"
+    pixels = np.stack([specimen(n) * 4000 for n in range(4)]).astype(np.uint16)
+    known = {
+        "axes": "ZCYX",
+        "PhysicalSizeZ": 0.3,
+        "Channel": {"Name": ["GFP", "µ-tubulin"]},
+        "Plane": {"PositionZ": [7.5, 7.5, 7.8, 7.8], "PositionZUnit": ["µm"] * 4},
+    }
+    tifffile.imwrite(path, pixels.reshape(2, 2, *SHAPE), ome=True, metadata=known)
+    optics = ("--optics", "NA=0.75,wavelength=520,pixel=0.325")
+    succeeded(command("classify", path, "--csv", out, *optics))
+    text = out.read_bytes().decode("utf-8-sig")
+    rows = {
+        (row["c"], row["z"]): (row["channel"], row["z_um"], row["z_offset_um"])
+        for row in csv.DictReader(text.splitlines())
+    }
+    assert rows == {
+        ("0", "0"): ("GFP", "7.5", "0.0"),
+        ("0", "1"): ("GFP", "", "0.3"),
+        ("1", "0"): ("µ-tubulin", "", "0.0"),
+        ("1", "1"): ("µ-tubulin", "", "0.3"),
+    }
 
 
 def test_an_image_without_a_number_is_broken_a_plane_without_one_is_not(

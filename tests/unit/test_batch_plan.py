@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtfocus.batch.plan import BatchJob, BatchPlan, Failure, Ledger, Unit, part_of
+from rtfocus.batch.plan import BatchJob, BatchPlan, Failure, Ledger, Unit
 from rtfocus.batch.scheduler import goes_on
+from rtfocus.cli.batch import part_of
 from rtfocus.errors import ConfigError
 
 

@@ -16,7 +16,7 @@ from image_file_kit import files_up_to
 
 from rtfocus.errors import IncompleteError, InputError, OutputError, RtfocusError
 from rtfocus.images.metadata import OutputImage, result_names, written_by_rtfocus
-from rtfocus.images.outputs import ImageOutput, OutputGuard
+from rtfocus.images.outputs import ImageOutput, OutputGuard, json_text
 from rtfocus.images.reading import companions, find_images
 from rtfocus.images.series import ImageSeries
 
@@ -320,14 +320,14 @@ def test_json_is_no_image_no_folder_and_kept(tmp_path):
         guard = OutputGuard([source], overwrite=overwrite)
         for name in names:
             with pytest.raises(OutputError):
-                guard.claim_json(tmp_path / name)
+                guard.claim_text(tmp_path / name, "json")
     assert contents(tmp_path) == before
     target = tmp_path / "new" / "o.json"
-    OutputGuard().write_json(target, {"images": []})
+    OutputGuard().write_text(target, json_text({"images": []}))
     assert json.loads(target.read_text())["images"] == []
     with pytest.raises(OutputError, match="exists"):
-        OutputGuard().claim_json(target)
-    OutputGuard(overwrite=True).claim_json(target)
+        OutputGuard().claim_text(target, "json")
+    OutputGuard(overwrite=True).claim_text(target, "json")
 
 
 def test_a_report_replaces_its_own_files_only(tmp_path):
@@ -426,7 +426,7 @@ def test_the_output_of_a_command_is_no_place_for_images(tmp_path, monkeypatch) -
     monkeypatch.chdir(tmp_path)
     for place in (Path("-"), tmp_path / "-"):  # many processes are told the whole path
         assert "is no name for a file" in refused(tmp_path, source, place)
-    assert str(OutputGuard().claim_json(Path("-"))) == "-"
+    assert str(OutputGuard().claim_text(Path("-"), "json")) == "-"
 
 
 def test_files_that_a_full_disk_left_whole_are_told(tmp_path) -> None:
