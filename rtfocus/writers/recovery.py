@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from rtfocus.errors import WriterError, writing
+from rtfocus.errors import WriterError, number_of, writing
 from rtfocus.files import replace
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.header import JOURNAL_NAME, RAW, REJECTED_NAME, RESTORED, RunHeader
@@ -115,7 +115,9 @@ def mend_journal(
         return []
     rows = _merge(salvage.rows, strays.frames, salvage.plan, sequences)
     steps = []
-    if salvage.damage:
+    if not path.exists():
+        steps.append("journal was lost; made it anew from the frames on the disk")
+    elif salvage.damage:
         kept = _keep_copy(folder, path)
         steps.append(f"journal was damaged ({salvage.damage[0]}); it lies in '{kept}'")
     if salvage.is_unended:
@@ -124,13 +126,15 @@ def mend_journal(
         steps.append(f"cut {salvage.torn} bytes of a torn line from the journal")
     write_journal(path, _texts(path, rows))
     if strays.frames:
-        steps.append(f"journalled {len(strays.frames)} frames that no line named")
+        frames = number_of(len(strays.frames), "frame")
+        steps.append(f"journalled {frames} that no line named")
     lost = sum(row.is_new and row.status == MISSING for row in rows)
     if lost:
-        steps.append(f"journalled {lost} frames as missing: {LOST}")
+        steps.append(f"journalled {number_of(lost, 'frame')} as missing: {LOST}")
     aside = set_aside(folder, strays.unsound)
     if aside is not None:
-        steps.append(f"moved {len(strays.unsound)} unfinished shards to '{aside}'")
+        shards = number_of(len(strays.unsound), "unfinished shard")
+        steps.append(f"moved {shards} to '{aside}'")
     return steps
 
 
@@ -375,8 +379,7 @@ def _keep_copy(folder: Path, path: Path) -> str:
             break
     with writing(kept, WriterError):
         kept.parent.mkdir(exist_ok=True)
-        if path.exists():
-            shutil.copyfile(path, kept)
+        shutil.copyfile(path, kept)
     return str(kept)
 
 

@@ -332,6 +332,37 @@ def test_frames_that_the_journal_calls_missing_are_found_on_the_disk(
     assert frames_journalled(folder, set(range(FRAMES))) == set(range(FRAMES))
 
 
+def test_a_repair_says_what_it_did_in_numbers(
+    runs: dict[tuple[bool, int], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run.rtfocus"
+    shutil.copytree(runs[True, 1], folder)
+    journal = folder / "frames.ndjson"
+    whole = journal.read_bytes()
+    journal.unlink()
+    for name in ("raw", "restored"):
+        shard_of(folder, name, 7, 1).unlink()
+    report = check_run(folder, repair=True)
+    assert report.repaired == [
+        "journal was lost; made it anew from the frames on the disk",
+        f"journalled {FRAMES - 1} frames that no line named",
+        "journalled 1 frame as missing: neither its line nor its pixels are on the "
+        "disk",
+        f"wrote totals, journal columns and report of {FRAMES} lines",
+    ]
+    assert report.aside is None
+    assert not (folder / "set_aside").exists()
+    assert check_run(folder).problems == []
+
+    journal.write_bytes(b"?" + journal.read_bytes()[1:])
+    first, *_ = check_run(folder, repair=True).repaired
+    kept = folder / "set_aside" / "frames.ndjson.1"
+    assert first.startswith("journal was damaged (line 1: ")
+    assert first.endswith(f"; it lies in '{kept}'")
+    assert kept.read_bytes().startswith(b"?")
+    assert len(whole.splitlines()) == len(lines_of(folder)) == FRAMES
+
+
 def test_a_resumed_run_mends_what_a_power_cut_left(
     runs: dict[tuple[bool, int], Path], tmp_path: Path
 ) -> None:
