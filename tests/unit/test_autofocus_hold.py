@@ -35,6 +35,8 @@ UNIT_UM = OPTICS.defocus_unit_um
 DARK = 100.0
 SIDE_PX = 160
 HERE = (0, None)
+FOUND_UM = 21.0
+"""Stage z at which a search found focus before the first visit."""
 
 
 class Field:
@@ -140,12 +142,12 @@ class Held:
         ours = Holder(models(), rule, on_correction=self.made.append)
         self.holder = holder or ours
         looks = [self.seen(away) for away in (1.3, -0.9, 0.0)]
-        self.holder.begin(HERE, 0.0, 0.0, looks, limits)
-        self.z_um, self.frame = 0.0, 0
+        self.holder.begin(HERE, 0.0, FOUND_UM, looks, limits)
+        self.z_um, self.frame = FOUND_UM, 0
 
     def seen(self, away: float) -> SpectrumAtZ:
         look = self.field.look(away)
-        return SpectrumAtZ(-away * UNIT_UM, look.amplitude, look.noise)
+        return SpectrumAtZ(FOUND_UM - away * UNIT_UM, look.amplitude, look.noise)
 
     def visit(self, image: str = "good") -> float:
         """Correct, expose, and return how far from focus, in depths of field."""
@@ -154,7 +156,7 @@ class Held:
         now_ns = round(time_s * 1e9)
         self.z_um += self.holder.correction_um(HERE, time_s, now_ns)
         self.drift_um += self.um_per_s * self.interval_s
-        away = (self.drift_um - self.z_um) / UNIT_UM
+        away = (FOUND_UM + self.drift_um - self.z_um) / UNIT_UM
         look = self.field.look(away)
         reading = FocusReading(
             None,
@@ -222,7 +224,7 @@ def test_a_reader_that_does_not_keep_up_is_told(field: Field) -> None:
     held = Held(field, Limits(-50, 50), late=10)
     for _ in range(30):
         held.visit()
-        assert abs(held.z_um) < 0.5 * UNIT_UM
+        assert abs(held.z_um - FOUND_UM) < 0.5 * UNIT_UM
     assert held.made[-1].reason.startswith("its images are read 11 s late")
     assert held.made[-1].is_late
     prompt = Held(field, Limits(-50, 50), late=2)
@@ -279,7 +281,7 @@ def test_lost_focus_is_searched_rarely_and_not_for_ever(field: Field) -> None:
         held.visit(image)
         place.follow(held.frame * 10.0)
     assert len(searched_s) == MOST_SEARCHES + 1
-    assert abs(held.z_um) < 0.5 * UNIT_UM
+    assert abs(held.z_um - FOUND_UM) < 0.5 * UNIT_UM
 
 
 def test_what_a_focus_device_holds_is_left_alone_and_searched_anew_afterwards(
@@ -336,11 +338,17 @@ def test_that_images_are_late_is_told_once_in_a_run() -> None:
 
 
 def test_no_correction_leads_beyond_the_limits(field: Field) -> None:
-    held = Held(field, Limits(-1, 1), um_per_s=0.3)
-    for _ in range(15):
-        held.visit()
-        assert -1 <= held.z_um <= 1
-    assert "limits" in held.made[-1].reason
+    limits = Limits(FOUND_UM - 1, FOUND_UM + 1)
+    for um_per_s, visits, said in (
+        (0.3, 15, "drift"),
+        (1.0, 6, "drift, cut by the limits"),
+    ):
+        held = Held(field, limits, um_per_s=um_per_s)
+        for _ in range(visits):
+            held.visit()
+            assert limits.holds(held.z_um)
+        assert said in {made.reason for made in held.made}
+        assert held.made[-1].reason == "at the limits"
 
 
 def test_places_settle_for_one_another_which_way_they_drift() -> None:
