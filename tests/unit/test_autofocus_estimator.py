@@ -148,6 +148,32 @@ def test_a_region_is_all_that_counts() -> None:
     assert reading.tiles == 16
 
 
+def test_one_tile_is_enough_where_the_region_has_no_more() -> None:
+    rule = replace(RULE, region=(0, 0, 60, 60))
+    reading = read_focus(tiles(flat(3.0)), field(), rule)
+    assert (reading.refusal, reading.tiles) == (None, 1)
+    assert reading.defocus_um == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(("signed", "value"), [(True, 6.0), (True, -6.0), (False, 1.0)])
+def test_a_reading_is_as_unsure_as_its_engine_and_its_tiles(
+    *, signed: bool, value: float
+) -> None:
+    rule = replace(RULE, relative_sd=0.1, range_um=60.0)
+    alike = read_focus(tiles(flat(value), signed=signed), field(), rule)
+    of_engine = 0.2 * 2.0 + 0.1 * abs(value)
+    assert alike.sd_um == pytest.approx(of_engine)
+    rng = np.random.default_rng(2)
+    apart = flat(value) + rng.normal(0, 0.4, (SIDE, SIDE))
+    for base_sd, most in ((0.2, of_engine), (0.0, 0.1 * abs(value))):
+        read = read_focus(
+            tiles(apart, signed=signed), field(), replace(rule, base_sd=base_sd)
+        )
+        # Of 64 tiles that err each for itself the median errs an eighth as much.
+        wanted = np.hypot(most * read.defocus_um / value, 0.4 / SIDE)
+        assert read.sd_um == pytest.approx(wanted, rel=0.06)
+
+
 def test_tiles_count_by_their_content() -> None:
     pixels = np.full((432, 432), 500.0)
     pixels[:, :250] += np.random.default_rng(0).normal(0, 300, (432, 250))
