@@ -13,7 +13,7 @@ from PIL import Image
 
 from rtfocus.errors import InputError, OutputError
 from rtfocus.images.reading import open_images, stretch_histogram
-from rtfocus.images.series import ImageSeries, loss_of
+from rtfocus.images.series import ImageSeries, checked_image, loss_of
 
 
 def numbered(sizes: dict[str, int], shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -201,3 +201,39 @@ def test_pixels_are_square_where_one_side_is_stated_or_both_agree() -> None:
     ):
         one = replace(plain, pixel_size_y_um=y_um, pixel_size_x_um=x_um)
         assert one.pixel_size_um == size_um
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (np.zeros((4, 5), ">u2"), None),
+        (np.zeros((4, 5, 3), np.uint8), None),
+        (np.array([[np.nan, np.inf, 1.0]]), None),
+        (np.array([[-1e15]], np.float32), None),
+        (np.zeros((4, 5, 4), np.uint8), "this array is \\(4, 5, 4\\); give the planes"),
+        (np.zeros((2, 3, 4, 3), np.uint8), "give the planes of a stack one by one"),
+        (np.zeros(5, np.uint8), "this array is \\(5,\\)$"),
+        (np.zeros((0, 5), np.uint8), "no pixels"),
+        (np.array([[1.1e15]], np.float32), "up to 1.1e\\+15; .* can be computed with"),
+    ],
+)
+def test_what_can_be_restored_is_told_from_what_cannot(given, said) -> None:
+    for of_stack in (False, True):
+        if said is None:
+            image = checked_image(given, of_stack=of_stack)
+            np.testing.assert_array_equal(image, given)
+            assert image.dtype.isnative
+            assert image.flags.c_contiguous
+        else:
+            with pytest.raises(InputError, match=said):
+                checked_image(given, of_stack=of_stack)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.nan, "shows nothing"), (1e-16, "up to 1e-16; 1e-15 to")]
+)
+def test_one_plane_of_a_stack_may_show_nothing_but_no_image(value, said) -> None:
+    plane = np.full((4, 5), value, np.float32)
+    np.testing.assert_array_equal(checked_image(plane, of_stack=True), plane)
+    with pytest.raises(InputError, match=said):
+        checked_image(plane, of_stack=False)
