@@ -2,6 +2,7 @@
 
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,16 @@ from pymmcore_plus import CMMCorePlus
 
 from rtfocus.autofocus.execution import run_search
 from rtfocus.autofocus.focuser import Focuser
-from rtfocus.autofocus.planes import PlaneComparison
-from rtfocus.autofocus.plans import direction_of, limits_at, move_rule, search_rule
+from rtfocus.autofocus.planes import FocusCalibration, PlaneComparison
+from rtfocus.autofocus.plans import (
+    direction_of,
+    is_calibrated,
+    limits_at,
+    move_rule,
+    save_calibration,
+    search_rule,
+    with_measured_backlash,
+)
 from rtfocus.autofocus.policy import (
     GiveUp,
     Limits,
@@ -182,6 +191,38 @@ def test_play_is_passed_unless_somebody_says_that_there_is_none() -> None:
         config = AutofocusConfig(deadband=0.2, most_um=7, **said)
         wanted = MoveRule(limits, 0.4, 7, approach, overshoot_um)
         assert move_rule(config, limits, unit_um) == wanted
+
+
+def test_measured_play_is_believed_of_a_calibration_that_can_be_trusted(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "calibration.yaml"
+    for said, backlash_um, problems, approach, overshoot_um in (
+        ({}, -2.0, [], "up", 3.0),
+        ({"approach": "down"}, 2.0, [], "down", 3.0),
+        ({"backlash_um": 0.5}, 2.0, [], "either", 0.5),
+        ({}, 2.0, ["it says otherwise"], "either", 0.0),
+        ({}, 0.3, [], "either", 0.0),  # less than is measured for certain
+    ):
+        found = FocusCalibration(
+            channel="DAPI",
+            focus_um=0.0,
+            sharpest_um=0.0,
+            unexplained=0.0,
+            direction=1,
+            direction_of_core=1,
+            backlash_um=backlash_um,
+            level_offset_um=0.0,
+            level_scale=1.0,
+            level_range_um=10.0,
+            unit_um=2.0,
+            problems=problems,
+        )
+        save_calibration(path, found)
+        config = with_measured_backlash(AutofocusConfig(calibration=path, **said))
+        assert (config.approach, config.backlash_um) == (approach, overshoot_um)
+        assert is_calibrated(config) == (not problems)
+    assert not is_calibrated(AutofocusConfig())
 
 
 class HostileStage:
