@@ -29,7 +29,7 @@ from rtfocus.writers.header import (
 )
 from rtfocus.writers.journal import Line, read_journal
 from rtfocus.writers.layout import store_path
-from rtfocus.writers.places import AXES, position_paths
+from rtfocus.writers.places import AXES, complete, position_paths
 
 Kind = Literal["raw", "restored", "defocus", "deviation", "expected_error"]
 
@@ -316,7 +316,13 @@ class Run:
         try:
             rows = [_row(line) for line in read_journal(path)]
             return np.array(rows, dtype=[*types, *texts])
-        except (LookupError, TypeError, ValueError, OverflowError) as error:
+        except (
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            OverflowError,
+        ) as error:
             msg = (
                 f"journal '{path}' has a line that is of no frame ({error}); run: "
                 f"rtfocus check {self.folder} --repair"
@@ -343,7 +349,9 @@ class Run:
 
 def _row(line: Line) -> tuple[Any, ...]:
     """Return the columns of one line of the journal."""
-    known = {**line, **(line.get("index") or {}), **(line.get("estimate") or {})}
+    place = line.get("index")
+    known = line if place is None else line | complete(place)
+    known = known | (line.get("estimate") or {})
     numbers = (
         unknown if known.get(name) is None else known[name]
         for name, _, unknown in NUMBERS

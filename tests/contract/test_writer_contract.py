@@ -593,6 +593,18 @@ def test_the_journal_becomes_columns(tmp_path: Path) -> None:
     assert frames["engines"].attrs["words"] == ["delpnet@0123abcd"]
     received, durable = frames["received_ns"][:], frames["durable_ns"][:]
     assert (received <= durable).all()
+    table = open_run(folder).frames
+    for name in ("sequence", "t", "level", "defocus_um"):
+        assert table[name].tolist() == list(range(6)), name
+    for name in "pcz":  # of which a series of time points alone has one each
+        assert table[name].tolist() == frames[name][:].tolist() == [0] * 6, name
+    for name, value in (
+        *(("z_um", 12.5), ("exposure_ms", 5.0), ("confidence", 0.5)),
+        *(("foreground", 1.0), ("status", "written"), ("role", "record")),
+        *(("why", None), ("file", None)),
+    ):
+        assert table[name].tolist() == [value] * 6, name
+    assert table["durable_ns"].tolist() == durable.tolist()
     text = (folder / "frames.ndjson").read_text()
     assert "NaN" not in text
     assert len(text.splitlines()) == 6
