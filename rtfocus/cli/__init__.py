@@ -1,34 +1,37 @@
 """Command line: starts at once, and every end is one line and one exit code.
 
-Nothing here takes time to import: an interrupt is answered, and ``--version``
-told, before the commands and what they need are loaded.
+Nothing here takes time to import, not even the standard library: an interrupt is
+answered, and ``--version`` told, before the commands and what they need are loaded.
 """
 
 import atexit
 import codecs
 import os
-import signal
 import sys
-import threading
-from typing import NoReturn
 
 from rtfocus import __version__
-from rtfocus.errors import ExitCode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+_INTERRUPTED = 130
+"""`ExitCode.INTERRUPTED`, for an interrupt before that is loaded."""
 
 
-def main() -> NoReturn:
+def main() -> "NoReturn":
     """Run the command line; no traceback reaches a user.
 
     Exits with a code of `rtfocus.errors.ExitCode`.
     """
-    interrupted = threading.Event()
+    ended: list[int] = []
     # Registered first, it is called last.
-    atexit.register(_leave_engines, interrupted)
+    atexit.register(_leave_engines, ended)
     try:
         _use_utf8()
         if sys.argv[1:] == ["--version"]:
             sys.stdout.write(f"rtfocus {__version__}\n")
-            code: int = ExitCode.DONE
+            code = 0
         else:
             code = _run()
     except KeyboardInterrupt:
@@ -36,53 +39,58 @@ def main() -> NoReturn:
     finally:
         # Registered last, it is called first.
         atexit.register(_keep_the_code)
-    if code == ExitCode.INTERRUPTED:
-        interrupted.set()
+    ended.append(code)
     raise SystemExit(int(code))
 
 
 def _run() -> int:
     """Run the command and translate how it ended; return its exit code."""
-    try:
-        from rtfocus.cli.endings import Interrupted, ended_by_signals, tell
+    from rtfocus.cli.endings import Interrupted, ended_by_signals, tell
 
-        with ended_by_signals() as asked:
-            try:
-                from rtfocus.cli.commands import app
+    with ended_by_signals() as asked:
+        try:
+            from rtfocus.cli.commands import app
 
-                app()
-            except (KeyboardInterrupt, Interrupted):
+            app()
+        except (KeyboardInterrupt, Interrupted):
+            return _say_interrupted()
+        except SystemExit as end:
+            # What interrupts it amid the words of the line typer ends without a word.
+            if end.code == _INTERRUPTED and asked.is_set():
                 return _say_interrupted()
-            except Exception as error:
-                return tell(error, was_interrupted=asked.is_set())
-    except KeyboardInterrupt:
-        return _say_interrupted()
-    return ExitCode.DONE
+            raise
+        except Exception as error:
+            return tell(error, was_interrupted=asked.is_set())
+    return 0
 
 
 def _keep_the_code() -> None:
     """Ignore requests to end from here on: the process ends, and has said how."""
+    import signal
+
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def _leave_engines(interrupted: threading.Event) -> None:
+def _leave_engines(ended: list[int]) -> None:
     """End an interrupted process while a device still opens its engines.
 
     Nothing stops that, and Python ending its thread amid OpenVINO's code aborts the
     process.
     """
+    import threading
+
     opening = any(one.name == "rtfocus-device" for one in threading.enumerate())
-    if interrupted.is_set() and opening:
+    if _INTERRUPTED in ended and opening:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(ExitCode.INTERRUPTED)
+        os._exit(_INTERRUPTED)
 
 
-def _say_interrupted() -> ExitCode:
+def _say_interrupted() -> int:
     sys.stderr.write("interrupted\n")
-    return ExitCode.INTERRUPTED
+    return _INTERRUPTED
 
 
 def _use_utf8() -> None:

@@ -170,13 +170,15 @@ def test_whoever_waits_for_the_end_of_input_leaves_it_to_nobody_else():
 
 
 @POSIX
-def test_an_interrupt_while_starting_is_one_line():
-    # Python turns the signal into KeyboardInterrupt in the middle of the imports.
+@pytest.mark.parametrize("loaded", ["rtfocus.errors", "typer", "pydantic.types"])
+def test_an_interrupt_while_starting_is_one_line(loaded):
+    # Python turns the signal into KeyboardInterrupt in the middle of the imports: the
+    # first ones, those of the commands, and those of typer while it reads the line.
     code = (
         "import signal, sys, importlib.abc\n"
         "class AtImport(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'typer':\n"
+        f"        if name == '{loaded}':\n"
         "            signal.raise_signal(signal.SIGINT)\n"
         "sys.meta_path.insert(0, AtImport())\n"
         "sys.argv = ['rtfocus', 'configs']\n"
