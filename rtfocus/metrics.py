@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from rtfocus.errors import ExitCode, WriterError
+from rtfocus.errors import ExitCode, OutputError, WriterError
 
 # Stage times between 1 us and 1000 s in bins of 2 %: constant memory however
 # long a run lasts, and percentiles good to 1 %.
@@ -376,7 +376,7 @@ def check_space(folder: Path, planned: int | None, min_free: int) -> None:
 
     Raises
     ------
-    WriterError
+    OutputError
         Names what is planned, what is free and the remedy.
     """
     free = free_bytes(folder)
@@ -387,7 +387,7 @@ def check_space(folder: Path, planned: int | None, min_free: int) -> None:
             f"store.min_free_mb={min_free / 1e6:.0f}; free space, choose another "
             "run.folder, record less or lower store.min_free_mb"
         )
-        raise WriterError(msg)
+        raise OutputError(msg)
 
 
 _SAMPLE_S = 0.25

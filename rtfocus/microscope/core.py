@@ -24,7 +24,7 @@ from rtfocus.config.sections import (
     MicroManagerConfig,
     VirtualMicroscopeConfig,
 )
-from rtfocus.errors import MicroscopeError
+from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.microscope.series import current_channel
 from rtfocus.microscope.virtual_devices import BufferRoom, load_virtual_microscope
 from rtfocus.runtimes.machine import Finding
@@ -228,7 +228,8 @@ def open_core(config: Config) -> Iterator[UniMMCore]:
         If adapters, configuration or devices cannot be loaded; names them and the
         remedy.
     ConfigError
-        If the virtual microscope is not fully described.
+        If the virtual microscope is not fully described, or there is no file of the
+        name of `microscope.config_file`.
     """
     with bare_core() as core:
         _load(core, config)
@@ -296,7 +297,7 @@ def _load_configuration(core: UniMMCore, file: Path, folders: Sequence[Path]) ->
             f"microscope.config_file: there is no file '{file}'; give the .cfg that "
             "Micro-Manager's Hardware Configuration Wizard wrote"
         )
-        raise MicroscopeError(msg)
+        raise ConfigError(msg)
     core.setDeviceAdapterSearchPaths([str(folder) for folder in folders])
     try:
         core.loadSystemConfiguration(str(file))

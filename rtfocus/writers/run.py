@@ -96,8 +96,8 @@ def open_run(
     ------
     BusyError
         If another process writes the folder; nothing in it is touched.
-    WriterError
-        If the folder holds another run, or the disk has too little space.
+    WriterError, OutputError
+        If the folder holds another run; if the disk has too little space.
     """
     header = RunHeader(
         series, store, grid, store.restored, provenance, expects_error, grid is not None

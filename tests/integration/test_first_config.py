@@ -104,7 +104,7 @@ def test_init_without_its_answers_writes_nothing(
 def test_init_refuses_a_configuration_that_is_not_there(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     options = ("--mm-config", tmp_path / "no.cfg", "--yes")
-    failed(command("init", mine, *options), ExitCode.FAILED)
+    failed(command("init", mine, *options), ExitCode.CONFIG)
     assert not mine.exists()
 
 
@@ -147,7 +147,7 @@ def test_dry_run_foresees_the_geometry_of_presets(tmp_path: Path) -> None:
         ("processing.classifier=nope", ExitCode.ENGINE, "engine 'nope'"),
         ("channels.0.optics.pixel_size_um=0.1", ExitCode.ENGINE, "0.1"),
         ("processing.device=gpu", ExitCode.ENGINE, "gpu"),
-        ("store.min_free_mb=1e12", ExitCode.FAILED, "choose another run.folder"),
+        ("store.min_free_mb=1e12", ExitCode.INPUT, "choose another run.folder"),
         ("run.folder=FILE/runs", ExitCode.INPUT, "run.folder"),
         ("camera.flat_field=FILE", ExitCode.CONFIG, "flat"),
         ("autofocus.calibration=none.yaml", ExitCode.CONFIG, "autofocus.calibration"),

@@ -7,7 +7,7 @@ from microscope_kit import record
 from pymmcore_plus import _discovery
 
 from rtfocus.config.loading import parse_config
-from rtfocus.errors import MicroscopeError
+from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.microscope.core import describe, open_core
 
 adapters = pytest.importorskip("mm_test_adapters", reason="no adapters to load")
@@ -61,7 +61,7 @@ def test_a_missing_adapter_is_named(tmp_path):
 
 def test_a_missing_configuration_is_named(tmp_path):
     config = micromanager(tmp_path, "", config_file=tmp_path / "other.cfg")
-    with pytest.raises(MicroscopeError, match=r"other\.cfg"), open_core(config):
+    with pytest.raises(ConfigError, match=r"other\.cfg"), open_core(config):
         pass
 
 

@@ -14,7 +14,7 @@ import zarr
 from writer_kit import Recording, make_series, numbered, recording
 
 import rtfocus
-from rtfocus.errors import InputError, WriterError
+from rtfocus.errors import InputError, OutputError, WriterError
 from rtfocus.writers.check import check_run
 from rtfocus.writers.header import read_header
 from rtfocus.writers.journal import JournalFile
@@ -157,7 +157,7 @@ def test_a_nearly_full_disk_ends_the_run_cleanly(small_disk: Path) -> None:
 def test_a_run_that_cannot_fit_is_refused_before_frame_0(small_disk: Path) -> None:
     series = make_series(sizes={"t": 100_000})
     folder = small_disk / "run.rtfocus"
-    with pytest.raises(WriterError, match=r"MB free, too little for \d+ MB planned"):
+    with pytest.raises(OutputError, match=r"MB free, too little for \d+ MB planned"):
         Recording(folder, series)
     assert not list(small_disk.iterdir())
 

@@ -18,7 +18,7 @@ from writer_kit import LIVE, Recording, indices, make_series, recording
 from rtfocus.cli.commands import app
 from rtfocus.config.model import RunConfig
 from rtfocus.config.sections import StoreConfig
-from rtfocus.errors import BusyError, ExitCode, WriterError
+from rtfocus.errors import BusyError, ExitCode, OutputError, WriterError
 from rtfocus.writers.check import check_run
 from rtfocus.writers.folder import RunLock, run_folder
 from rtfocus.writers.header import HEADER_NAME
@@ -267,6 +267,6 @@ def test_a_refused_start_leaves_no_folder(tmp_path: Path) -> None:
     series = make_series(sizes={"t": 6, "c": 2})
     with pytest.raises(WriterError, match="lists 1"):
         Recording(tmp_path / "new" / "run.rtfocus", series)
-    with pytest.raises(WriterError, match="too little for"):
+    with pytest.raises(OutputError, match="too little for"):
         Recording(tmp_path / "run.rtfocus", make_series(), store={"min_free_mb": 1e12})
     assert not list(tmp_path.iterdir())

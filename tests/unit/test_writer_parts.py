@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtfocus.errors import WriterError
+from rtfocus.errors import OutputError, WriterError
 from rtfocus.metrics import DiskWatch, check_space
 from rtfocus.writers.arrays import context_of
 from rtfocus.writers.finish import percentiles
@@ -153,9 +153,9 @@ def test_the_disk_is_asked_four_times_a_second_at_most() -> None:
 
 
 def test_a_disk_too_small_is_refused_with_both_sizes(tmp_path: Path) -> None:
-    with pytest.raises(WriterError, match=r"has \d+ MB free.*1000000000 MB planned"):
+    with pytest.raises(OutputError, match=r"has \d+ MB free.*1000000000 MB planned"):
         check_space(tmp_path, 10**15, 0)
-    with pytest.raises(WriterError, match=r"an unbounded run.*min_free_mb"):
+    with pytest.raises(OutputError, match=r"an unbounded run.*min_free_mb"):
         check_space(tmp_path, None, 10**15)
     check_space(tmp_path, 1, 0)
 
