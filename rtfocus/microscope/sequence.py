@@ -9,6 +9,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,7 @@ def _items(taken: object, length: int) -> Sequence[object] | None:
     return None
 
 
+@cache
 def _keys(kind: Kind) -> dict[str, str | None]:
     """Return every key that a model takes, and the field behind it."""
     keys: dict[str, str | None] = {}

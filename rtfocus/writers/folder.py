@@ -225,8 +225,8 @@ def take_folder(folder: Path, header: RunHeader) -> tuple[RunLock, bool]:
     ------
     BusyError
         If another process writes the folder.
-    WriterError
-        If it holds another run, or the disk has too little space.
+    WriterError, OutputError
+        If it holds another run; if the disk has too little space.
     """
     _check_series(folder, header)
     resumes = _resumes(folder, header)
@@ -286,11 +286,11 @@ def _check_series(folder: Path, header: RunHeader) -> None:
     if (fault := sizes_fault(header)) is not None:
         raise WriterError(fault)
     # A series that is refused must not look like a run that was cut off.
-    groups = group_documents(folder, header, image_specs(header))
+    groups = group_documents(folder.absolute(), header, image_specs(header))
     if folder.absolute().as_posix().startswith("//"):
         msg = f"'{folder}' takes no images: connect it as a drive, and give that"
         raise WriterError(msg)
-    longest = max(len(str(path.absolute())) for path in groups) + _WITHIN_GROUP
+    longest = max(len(str(path)) for path in groups) + _WITHIN_GROUP
     if longest > (most := _most_characters()):
         msg = (
             f"'{folder}' would hold paths of {longest} characters, and Windows opens "

@@ -60,10 +60,8 @@ def image_groups(folder: Path, header: RunHeader, spec: ImageSpec) -> list[Path]
     """Return the image group of every position, by index p."""
     root = store_path(folder, spec.name)
     inner = spec.name if spec.name in INNER else ""
-    return [
-        root / path / inner if path else root / inner
-        for path in position_paths(header.series.positions)
-    ]
+    paths = position_paths(header.series.positions)
+    return [root.joinpath(path, inner) for path in paths]
 
 
 def write_groups(folder: Path, header: RunHeader, specs: list[ImageSpec]) -> None:
