@@ -73,13 +73,13 @@ class Detail(_Message, tag="detail"):
     z: _Index = 0
 
 
-class Ask(_Message, tag="ask"):
+class AskAct(_Message, tag="ask"):
     """Something for the microscope to do."""
 
     what: Act
 
 
-_decoder = msgspec.json.Decoder(Ack | Select | Detail | Ask)
+_decoder = msgspec.json.Decoder(Ack | Select | Detail | AskAct)
 
 
 class Viewer:

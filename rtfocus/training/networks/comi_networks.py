@@ -29,13 +29,13 @@ _SLOPE = 0.2
 _OUTPUT_SCALE = 0.1
 
 
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions, plus the input."""
+class IdentityBlock(nn.Module):
+    """Two 3 x 3 convolutions, plus the input: begins as the identity."""
 
     def __init__(self, width: int, norm: Norm) -> None:
         super().__init__()
-        # Every block starts as the identity: nine of them in a row, without a norm,
-        # would multiply what one step of the optimiser changes.
+        # Nine of another kind in a row, without a norm, would multiply what one step
+        # of the optimiser changes.
         second = zeroed(nn.Conv2d(width, width, 3, padding=1))
         self.body = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1),
@@ -98,7 +98,7 @@ class Generator(nn.Module):
             *_convolution(1, width, 7, 1, norm),
             *_convolution(width, 2 * width, 3, 2, norm),
             *_convolution(2 * width, deepest, 3, 2, norm),
-            *(ResidualBlock(deepest, norm) for _ in range(residual_blocks)),
+            *(IdentityBlock(deepest, norm) for _ in range(residual_blocks)),
             *_upsampling(deepest, 2 * width, upsampling, norm),
             *_upsampling(2 * width, width, upsampling, norm),
         ]
