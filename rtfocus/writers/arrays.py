@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import tensorstore as ts
@@ -79,13 +80,13 @@ class Commit(Protocol):
         ...
 
 
-class FailedWrite:
-    """A write that failed at its start and fails where all others do: when awaited."""
+class FailedStart:
+    """What failed at its start and fails where all others do: when awaited."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    def result(self) -> None:
+    def result(self) -> NoReturn:
         """Raise what went wrong."""
         raise self._error
 
@@ -188,9 +189,13 @@ class FrameArray:
             metadata = array_metadata(spec, [*shape, *spec.plane_shape], store)
             description["metadata"] = metadata
         context = context_of(fsync=store.fsync)
-        self._opening = ts.open(
-            description, context=context, open=not create, create=create
-        )
+        self._opening: ts.Future[ts.TensorStore] | FailedStart
+        try:
+            self._opening = ts.open(
+                description, context=context, open=not create, create=create
+            )
+        except ValueError as error:
+            self._opening = FailedStart(error)
 
     @cached_property
     def _array(self) -> ts.TensorStore:
@@ -216,7 +221,7 @@ class FrameArray:
             self._reserve(t + len(frames))
             return self._start(t, c, z, frames)
         except Exception as error:  # raised by the future, like all other failures
-            return FailedWrite(error)
+            return FailedStart(error)
 
     def read(self, t: int, c: int, z: int) -> NDArray[Any]:
         """Read one frame back, axes (y, x) or (y, x, rgb)."""
@@ -396,18 +401,13 @@ class RunImages:
 
     def reserve(self, frames: int) -> None:
         """Make all arrays at least this long along t."""
-        for arrays in self._arrays.values():
-            for array in arrays:
-                array.reserve(frames)
+        for array in chain.from_iterable(self._arrays.values()):
+            array.reserve(frames)
 
     def trim(self, frames: int) -> list[Path]:
         """Set all lengths along t; returns the shards left beyond it."""
-        return [
-            path
-            for arrays in self._arrays.values()
-            for array in arrays
-            for path in array.trim(frames)
-        ]
+        every = chain.from_iterable(self._arrays.values())
+        return [path for array in every for path in array.trim(frames)]
 
     def describe(
         self, position: int, rtfocus: dict[str, Any], windows: dict[str, Windows]

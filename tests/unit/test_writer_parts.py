@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import OutputError, WriterError
 from rtfocus.metrics import DiskWatch, check_space
-from rtfocus.writers.arrays import context_of
+from rtfocus.writers.arrays import FrameArray, context_of
 from rtfocus.writers.finish import percentiles
 from rtfocus.writers.header import ImageSpec, write_json
 from rtfocus.writers.journal import JournalFile, intact_bytes, read_journal
@@ -171,6 +172,17 @@ def test_a_shard_holds_the_plane_in_whole_chunks(
     for length, outer, side in zip((height, width), shard, inner, strict=True):
         assert outer % side == 0
         assert length <= outer < length + side
+
+
+@pytest.mark.parametrize("name", ["absent", "no\0path"])
+def test_an_array_that_cannot_be_opened_is_told_where_it_is_asked_for(
+    tmp_path: Path, name: str
+) -> None:
+    # tensorstore finds a path without a file later than one that can be none.
+    spec = ImageSpec("raw", "uint16", 1, (9, 9), 1.0, 0.0, (0.0, 1.0))
+    array = FrameArray(tmp_path / name, spec, (1, 1, 1), StoreConfig(), create=False)
+    with pytest.raises(WriterError, match=f"cannot open array '.*{name}'"):
+        array.read(0, 0, 0)
 
 
 @pytest.mark.parametrize("dtype", ["|u1", "<u2", "<f4"])
