@@ -193,6 +193,22 @@ def test_a_distance_has_two_sides_and_the_prior_settles_them() -> None:
     assert sum(mode.weight for mode in others) < 0.1
 
 
+def test_a_reading_that_may_be_in_focus_has_one_mode_and_none_without_a_number() -> (
+    None
+):
+    (mode,) = modes_of_reading(
+        FocusReading(0.9, 2.0, signed=False), 10.0, direction=1, trust_sign=True
+    )
+    assert (mode.weight, mode.mean_um) == (1.0, 10.0)
+    assert mode.sd_um == pytest.approx(np.hypot(2.0, 0.9))
+    beside = FocusReading(1.1, 2.0, signed=False)
+    modes = modes_of_reading(beside, 10.0, direction=1, trust_sign=True)
+    assert [(mode.weight, mode.sd_um) for mode in modes] == [(0.5, 2.0)] * 2
+    for unknown in ((None, 1.0), (1.0, None)):
+        reading = FocusReading(*unknown, signed=False)
+        assert modes_of_reading(reading, 10.0, direction=1, trust_sign=True) == []
+
+
 @pytest.mark.parametrize(("direction", "focus"), [(1, 13.0), (-1, 7.0)])
 def test_a_trusted_sign_is_one_gaussian(direction: int, focus: float) -> None:
     reading = FocusReading(3.0, 0.5, signed=True)

@@ -87,17 +87,60 @@ def test_what_is_damaged_is_metadata_or_a_value_error(image, what, instead) -> N
         )
 
 
-@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=4), NUMBERS, NUMBERS)
-def test_a_plate_has_the_wells_it_names_or_is_refused(wells, rows, columns) -> None:
+def plate_xml(wells, size: str = "") -> str:
+    """OME-XML of a plate whose n-th well, a row and a column, holds image n."""
     inside = "".join(
         f'<Well Row="{row}" Column="{column}"><WellSample><ImageRef ID="Image:{n}"/>'
         "</WellSample></Well>"
         for n, (row, column) in enumerate(wells)
     )
     images = "".join(f'<Image ID="Image:{n}"><Pixels/></Image>' for n in range(5))
-    xml = (
-        f'<OME><Plate Rows="{rows}" Columns="{columns}">{inside}</Plate>{images}</OME>'
-    )
+    return f"<OME><Plate {size}>{inside}</Plate>{images}</OME>"
+
+
+def test_a_plate_without_a_size_is_as_large_as_its_wells_lie_apart() -> None:
+    first, second, *rest = read_ome_xml(plate_xml([(0, 3), (5, 1)])).images
+    for image, row, column in ((first, 0, 3), (second, 5, 1)):
+        place = image.facts["place"]
+        assert place is not None
+        assert (place.row, place.column) == (row, column)
+        assert place.rows == tuple("ABCDEF")
+        assert place.columns == tuple("1234")
+    assert [image.facts["place"] for image in rest] == [None] * 3
+    larger = read_ome_xml(plate_xml([(0, 3)], 'Rows="8" Columns="12"')).images
+    assert larger[0].facts["place"] is not None
+    assert len(larger[0].facts["place"].columns) == 12
+
+
+@pytest.mark.parametrize(
+    ("wells", "size"),
+    [
+        ([(3, 3), (-1, 0)], ""),
+        ([(0, -1), (3, 3)], ""),
+        ([(0, 0)], 'Rows="1000000"'),
+        ([(0, 10**6)], ""),
+    ],
+)
+def test_a_plate_that_cannot_be_is_refused(wells, size) -> None:
+    with pytest.raises(ValueError, match=r"a plate of .* is none"):
+        read_ome_xml(plate_xml(wells, size))
+
+
+def test_a_stage_label_says_where_planes_do_not() -> None:
+    label = '<StageLabel Name="B" X="2" XUnit="mm" Y="-5" YUnit="µm"/>'
+    for plane, x_um in (("", 2000), ('<Plane PositionX="7" PositionXUnit="µm"/>', 7)):
+        xml = f"<OME><Image><Pixels>{plane}</Pixels>{label}</Image></OME>"
+        (image,) = read_ome_xml(xml).images
+        stage = image.facts["stage"]
+        assert stage is not None
+        assert stage.x_um == x_um
+        assert stage.y_um == (None if plane else -5)
+        assert image.facts["position"] == "B"
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=4), NUMBERS, NUMBERS)
+def test_a_plate_has_the_wells_it_names_or_is_refused(wells, rows, columns) -> None:
+    xml = plate_xml(wells, f'Rows="{rows}" Columns="{columns}"')
     try:
         found = read_ome_xml(xml).images
     except ValueError:
