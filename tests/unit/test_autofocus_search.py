@@ -612,7 +612,7 @@ def test_a_search_that_breaks_off_leaves_the_stage_at_the_best_z_seen(
 
 
 def test_a_search_without_progress_ends_at_the_best_z_seen(transfer: Transfer) -> None:
-    world, search, time_s = World(transfer, 1.0), sent_up(UPWARDS), [0.0]
+    world, search, time_s = World(transfer, 1.0), sent_up(UPWARDS), [100.0]
 
     def look(z_um: float) -> FocusReading:
         time_s[0] += 1.0
