@@ -60,6 +60,9 @@ def test_in_focus_means_level_zero_whatever_the_range() -> None:
     add(score, (0.0, 1.04), [0, 1, 2])
     assert score.confusion[0].tolist() == [1, 1, 1, 0]
     assert score.right == 2
+    both = LevelScore((-2, -1, 0, 1, 2))
+    add(both, (-3.0, 0.5), [0])
+    assert both.confusion[2].tolist() == [0, 0, 1, 0, 0, 0]
 
 
 def test_levels_beyond_the_last_one_are_the_last_one() -> None:
@@ -73,6 +76,9 @@ def test_the_sign_is_not_asked_of_tiles_called_in_focus() -> None:
     score = LevelScore((-1, 0, 1))
     add(score, (1.0, 1.0), [0, 1, -1, BACKGROUND], sided=True)
     assert (score.sided, score.right_side) == (2, 1)
+    add(score, (0.5, 0.5), [1, -1], sided=True)
+    add(score, (-0.6, -0.6), [1, -1], sided=True)
+    assert (score.sided, score.right_side) == (6, 3)
 
 
 def test_the_cumulative_match_counts_ranks() -> None:
