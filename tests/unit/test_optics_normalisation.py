@@ -117,6 +117,13 @@ def test_noise_is_measured_beside_a_specimen(gain):
     assert ContrastToNoise(quantum=0).noise(frame) == pytest.approx(3 * gain, rel=0.15)
 
 
+def test_noise_is_no_illumination_that_falls_off():
+    slanted = np.add.outer(np.arange(480) * 2.0, np.arange(480))  # only rows are read
+    slanted += 3 * np.random.default_rng(2).standard_normal((480, 480))
+    measured = ContrastToNoise(quantum=0).noise(slanted.astype(np.float32))
+    assert measured == pytest.approx(3, rel=0.15)
+
+
 def test_noise_is_never_less_than_the_rounding_error():
     frame = np.full((96, 96), 9, np.float32)
     assert ContrastToNoise(quantum=1).noise(frame) == pytest.approx(12**-0.5)
