@@ -270,7 +270,6 @@ class Ledger:
         OutputError
             If something else has the folder's name, or the disk refuses it.
         """
-        files.remove(self.folder / "plan.json")
         self._clear()
         for kind in _KINDS:
             (self.folder / kind).mkdir(parents=True, exist_ok=True)
@@ -394,7 +393,7 @@ class Ledger:
 
     def _clear(self) -> None:
         """Remove what is in the folder, unless it is not of a batch."""
-        known = {*_KINDS, "key", "parts", self.store.name, "rest.ome.zarr"}
+        known = {*_KINDS, "plan.json", "key", "parts", self.store.name, "rest.ome.zarr"}
         inside = list(self.folder.iterdir()) if self.folder.is_dir() else []
         foreign = [
             one.name
@@ -406,7 +405,8 @@ class Ledger:
             what = f"holds '{foreign[0]}'" if foreign else "is no folder"
             msg = f"'{self.folder}' {what}; choose another output"
             raise OutputError(msg)
-        for one in inside:
+        # The plan first: what is left of the others then is of no batch.
+        for one in (self.folder / "plan.json", *inside):
             files.remove(one)
 
     def _marked(self, kind: str) -> set[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rtfocus.batch.plan import BatchJob, BatchPlan, Failure, Ledger, Unit
 from rtfocus.batch.scheduler import goes_on
 from rtfocus.cli.batch import part_of
-from rtfocus.errors import ConfigError
+from rtfocus.errors import ConfigError, OutputError
 
 
 def plan_of(count: int) -> BatchPlan:
@@ -42,6 +42,30 @@ def test_parts_hold_every_unit_once_and_differ_by_one_at_most(count, of):
     assert sorted(keys) == sorted(unit.key for unit in plan.units)
     sizes = {len(part) for part in parts}
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_batch_takes_the_place_of_an_earlier_one_and_of_nothing_else(tmp_path):
+    ledger, earlier = Ledger(tmp_path / "out"), plan_of(2)
+    ledger.begin(earlier, None)
+    ledger.done(earlier.units[0], [])
+    (ledger.folder / ".rtfocus-left.part").write_text("by a killed process")
+    ledger.begin(plan_of(3), None)
+    assert ledger.plan() == plan_of(3)
+    assert not ledger.is_done(earlier.units[0])
+    assert not list(ledger.folder.glob(".rtfocus-left*"))
+
+    theirs = ledger.folder / "notes.txt"
+    theirs.write_text("of somebody")
+    with pytest.raises(OutputError, match=r"holds 'notes\.txt'; choose another output"):
+        ledger.begin(plan_of(1), None)
+    assert theirs.read_text() == "of somebody"
+    assert ledger.plan() == plan_of(3), "nothing is touched before it is refused"
+
+    other = Ledger(tmp_path / "other")
+    other.folder.write_text("a file")
+    with pytest.raises(OutputError, match="is no folder; choose another output"):
+        other.begin(plan_of(1), None)
+    assert other.folder.read_text() == "a file"
 
 
 HAPPENS = st.tuples(st.sampled_from(["start", "done", "failed"]), st.integers(0, 3))
