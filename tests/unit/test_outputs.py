@@ -458,3 +458,70 @@ def test_a_drive_that_is_not_there_takes_no_output(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "is_dir", lambda _: False)
     with pytest.raises(OutputError, match=r"out.tif' cannot be written: '.*' is no f"):
         OutputGuard().claim(tmp_path / "out.tif")
+
+
+def test_a_folder_that_holds_an_input_is_no_output(tmp_path: Path) -> None:
+    outer = tmp_path / "data.ome.zarr"
+    inner = outer / "A" / "1"
+    inner.mkdir(parents=True)
+    (inner / "a.tif").write_bytes(b"pixels")
+    guard = OutputGuard([inner / "a.tif"], overwrite=True)
+    for target in (outer, outer / "A", inner):
+        with pytest.raises(OutputError, match=r"holds the input '.*a\.tif'"):
+            guard.claim(target)
+    beside = tmp_path / "other.ome.zarr"
+    assert guard.claim(beside) == beside
+    assert (inner / "a.tif").read_bytes() == b"pixels"
+
+
+def test_two_results_do_not_share_a_name_and_none_lies_in_another(
+    tmp_path: Path,
+) -> None:
+    guard = OutputGuard()
+    guard.claim(tmp_path / "a.tif")
+    for second in ("a.tif", "A.TIF"):
+        with pytest.raises(OutputError, match=r"two results would both be '.*"):
+            guard.claim(tmp_path / second)
+    with pytest.raises(OutputError, match="would hold another result, or lie in one"):
+        guard.claim(tmp_path / "a.tif" / "b.tif")
+    guard.claim(tmp_path / "d" / "b.tif")
+    with pytest.raises(OutputError, match="would hold another result, or lie in one"):
+        guard.claim(tmp_path / "d")
+
+
+def test_a_report_is_refused_before_the_work_and_again_before_it_is_written(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.tif").write_bytes(b"pixels")
+    (tmp_path / "file").write_text("a file")
+    guard = OutputGuard([source, source / "a.tif"])
+    for folder, said in (
+        (source, "is the input"),
+        (source / "r", "lies inside the input"),
+        (tmp_path / "file", "is no folder; choose another output"),
+        (tmp_path / "con", "Windows reserves the name 'con'"),
+        (tmp_path / "file" / "r", "cannot be written: '.*file' is no folder"),
+    ):
+        with pytest.raises(OutputError, match=said):
+            guard.claim_report(folder, "r.json", ["r.md"])
+    # Beside its inputs it may lie, but not on them.
+    guard = OutputGuard([source / "a.tif"])
+    guard.claim_report(source, "r.json", ["r.md"])
+    with pytest.raises(OutputError, match="is the input"):
+        guard.claim_report(source, "r.json", ["a.tif"])
+
+    place = tmp_path / "r"
+
+    def write() -> None:
+        with guard.report(place, "r.json", ["r.md"]) as part:
+            (part / "r.json").write_text("{}")
+            (part / "r.md").write_text("ours")
+            place.mkdir()
+            (place / "r.md").write_text("of somebody, meanwhile")
+
+    with pytest.raises(OutputError, match=r"r\.md' exists"):
+        write()
+    assert (place / "r.md").read_text() == "of somebody, meanwhile"
+    assert not (place / "r.json").exists()
