@@ -5,6 +5,7 @@ is missing is said, not made up.
 """
 
 import csv
+import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import IncompleteError, InputError, number_of
-from rtfocus.images.metadata import TABLE_MARK, OutputImage, PlaneFacts
+from rtfocus.images.metadata import OutputImage, PlaneFacts, table_text
 from rtfocus.images.ome_zarr import read_ome_zarr
 from rtfocus.images.outputs import ImageOutput, OutputGuard
 from rtfocus.images.series import ImageSeries, StagePosition
@@ -216,24 +217,22 @@ def write_table(run: Run, output: Path, *, overwrite: bool = False) -> int:
     columns = frames.dtype.names or ()
     captured = [int(ns) for ns in frames["captured_ns"] if ns != unknown["captured_ns"]]
     first_ns = min(captured, default=0)
-    with (
-        guard.whole(output) as part,
-        part.open("w", encoding="utf-8", newline="") as file,
-    ):
-        file.write(TABLE_MARK)
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["time_s", "position", "channel", *columns])
-        for frame in frames.tolist():
-            # NaN alone differs from itself.
-            row = {
-                name: None if value == unknown.get(name) or value != value else value
-                for name, value in zip(columns, frame, strict=True)
-            }
-            ns, p, c = row["captured_ns"], row["p"], row["c"]
-            seconds = None if ns is None else round((ns - first_ns) / 1e9, 6)
-            position = None if p is None else run.positions[p]
-            channel = None if c is None else run.channels[c]
-            table.writerow([seconds, position, channel, *row.values()])
+    file = io.StringIO()
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(["time_s", "position", "channel", *columns])
+    for frame in frames.tolist():
+        # NaN alone differs from itself.
+        row = {
+            name: None if value == unknown.get(name) or value != value else value
+            for name, value in zip(columns, frame, strict=True)
+        }
+        ns, p, c = row["captured_ns"], row["p"], row["c"]
+        seconds = None if ns is None else round((ns - first_ns) / 1e9, 6)
+        position = None if p is None else run.positions[p]
+        channel = None if c is None else run.channels[c]
+        table.writerow([seconds, position, channel, *row.values()])
+    with guard.whole(output) as part:
+        part.write_text(table_text(file.getvalue()), "utf-8", newline="")
     return len(frames)
 
 

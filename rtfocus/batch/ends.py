@@ -29,7 +29,7 @@ from rtfocus.batch.work import error_map, image_row, image_set_of
 from rtfocus.errors import ConfigError, InputError, OutputError, writing
 from rtfocus.frame import FrameResult
 from rtfocus.image_set import ImageSet
-from rtfocus.images.metadata import TABLE_MARK, OutputImage
+from rtfocus.images.metadata import OutputImage, table_text
 from rtfocus.images.outputs import ImageOutput, OutputGuard, TextKind, json_text
 from rtfocus.images.reading import BrokenImage, FoundImages, companions, find_images
 from rtfocus.images.series import ImageSeries, writable_text
@@ -328,7 +328,6 @@ class Findings(NamedTuple):
     def _table(self) -> str:
         """Return a row for every plane, and for every image that cannot be read."""
         file = io.StringIO()
-        file.write(TABLE_MARK)
         table = csv.DictWriter(
             file, COLUMNS, extrasaction="ignore", lineterminator="\n"
         )
@@ -341,7 +340,7 @@ class Findings(NamedTuple):
             known = {} if one.image is None else image_row(one.image)
             known |= {"image": self._within(one.path), "why": one.reason}
             table.writerow({**known, "status": "broken"})
-        return writable_text(file.getvalue())
+        return table_text(writable_text(file.getvalue()))
 
     def _within(self, path: Path) -> str:
         """Return where an image lies in the input, with the same slashes everywhere."""

@@ -198,8 +198,7 @@ _NAME = "rtfocus"
 TEXT_MARK = f"# written by {SOFTWARE}"
 """First line of YAML results."""
 _TEXT_BEGIN = TEXT_MARK.rpartition(" ")[0].encode()
-TABLE_MARK = "\ufeff"
-"""In front of a CSV: without it Excel reads its UTF-8 as other letters, in silence."""
+_TABLE_MARK = "\ufeff"
 _TABLE_BEGINS = b"time_s,position,channel,sequence,", b"image,name,plate,well,"
 _ENGINE_CARD = "engine.yaml"
 TIFF_ENDINGS = (".tif", ".tiff")
@@ -268,6 +267,11 @@ def zarr_attributes(made: Provenance, nodes: list[str]) -> dict[str, Any]:
     return {_NAME: {WRITTEN_BY: SOFTWARE, "result": dict(made), "nodes": known}}
 
 
+def table_text(text: str) -> str:
+    """Mark a CSV of more than ASCII: Excel takes its letters for others without."""
+    return text if text.isascii() else _TABLE_MARK + text
+
+
 def json_mark() -> dict[str, str]:
     """Return the entry that every JSON result begins with."""
     return {WRITTEN_BY: SOFTWARE}
@@ -284,7 +288,7 @@ def png_mark() -> "PngInfo":
 
 def _is_text_result(path: Path) -> bool:
     with path.open("rb") as file:
-        begins = file.read(64).removeprefix(TABLE_MARK.encode())
+        begins = file.read(64).removeprefix(_TABLE_MARK.encode())
         return begins.startswith((_TEXT_BEGIN, *_TABLE_BEGINS))
 
 

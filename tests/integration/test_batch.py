@@ -227,7 +227,7 @@ def test_classify_and_a_single_file(folder: Path, tmp_path: Path, address: str) 
 
 
 def table_of(path: Path) -> list[dict[str, str]]:
-    """Read a table as a spreadsheet does: with the mark in front, and names quoted."""
+    """Read a table as a spreadsheet does: with or without a mark, and names quoted."""
     text = path.read_bytes().decode("utf-8-sig")
     return list(csv.DictReader(io.StringIO(text, newline="")))
 
