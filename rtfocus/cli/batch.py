@@ -15,7 +15,7 @@ from msgspec import to_builtins
 from msgspec.structs import replace
 
 from rtfocus.batch.ends import Batch, Begun
-from rtfocus.batch.plan import BatchJob, BatchPlan, Failure, Ledger, Unit
+from rtfocus.batch.plan import BatchJob, BatchPlan, Failure, Ledger, Unit, text_of
 from rtfocus.batch.scheduler import WORKERS_S, R, U, goes_on, run_on, workers_of
 from rtfocus.batch.work import doing, run_here
 from rtfocus.cli.display import counting, told_of
@@ -145,6 +145,8 @@ def run_batch(job: BatchJob, many: Many, *, overwrite: bool) -> None:
         msg = "give one of --scheduler, --init, --unit and --finish"
         raise ConfigError(msg)
     resources = _resources(many.resources)
+    for path in (job.source, job.output, job.table, job.expected_error):
+        text_of(Path(path or ""))  # refuses what a plan cannot hold
     ledger = Ledger(Path(job.output))
     if many.unit is not None:
         _do_part(ledger, many.unit, job)

@@ -330,6 +330,9 @@ def test_names_in_a_table_are_those_of_the_files_as_far_as_text_can_be(
     assert "no\ufffdtext.tif': a batch takes names in UTF-8" in refused
     assert_nothing_left(tmp_path / "many.csv")
     (folder / "no\udcfftext.tif").unlink()
+    refused = failed(command(*asked, "m\udcff.csv", "--init"), ExitCode.INPUT)
+    assert "m\ufffd.csv': a batch takes names in UTF-8" in refused
+    assert_nothing_left(tmp_path / "m\udcff.csv")
     said = command(*asked, "-")
     failed(said, ExitCode.INCOMPLETE)
     for step in (("--init",), ("--unit", "1/1"), ("--finish",)):
