@@ -391,8 +391,8 @@ def check_space(folder: Path, planned: int | None, min_free: int) -> None:
 
 
 _SAMPLE_S = 0.25
-_WINDOW = 40
-"""Ten seconds of samples: the rate of a run, not of one frame."""
+_WINDOW, _LEAST_S = 40, 5.0
+"""Ten seconds of samples; of less than five no rate is told: runs begin in bursts."""
 
 
 class DiskWatch:
@@ -437,11 +437,11 @@ class DiskWatch:
     def time_to_full_s(self) -> float | None:
         """Return seconds until the minimum is reached at the current rate.
 
-        None while the disk does not fill.
+        None while the disk does not fill, and at first.
         """
-        if len(self._samples) < 2:
-            return None
         (began, free_then), (now, free_now) = self._samples[0], self._samples[-1]
+        if now - began < _LEAST_S:
+            return None
         used, left = free_then - free_now, max(free_now - self._min_free, 0)
         return left * (now - began) / used if used > 0 else None
 
