@@ -145,8 +145,8 @@ def run_batch(job: BatchJob, many: Many, *, overwrite: bool) -> None:
         msg = "give one of --scheduler, --init, --unit and --finish"
         raise ConfigError(msg)
     resources = _resources(many.resources)
-    for path in (job.source, job.output, job.table, job.expected_error):
-        text_of(Path(path or ""))  # refuses what a plan cannot hold
+    for path in filter(None, (job.source, job.output, job.table, job.expected_error)):
+        text_of(Path(path))  # refuses what a plan cannot hold
     ledger = Ledger(Path(job.output))
     if many.unit is not None:
         _do_part(ledger, many.unit, job)

@@ -495,16 +495,21 @@ def test_an_image_that_changes_while_it_is_read_is_not_half_of_two(
     assert not (out / "f0.tif").exists()
 
 
-def test_classify_killed_once_its_file_was_there_ends_without_overwrite(
-    folder: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "found.json"
-    asked = ("classify", folder, *OPTICS, "--json", out)
+def collect(asked: tuple[Any, ...], out: Path) -> None:
+    """Do all of a batch up to where its state would go."""
     succeeded(command(*asked, "--init"))
     succeeded(command(*asked, "--unit", "1/1"))
     plan = Ledger(out).plan()
     assert plan is not None
     Batch(plan.job)._collect(plan, set())
+
+
+def test_classify_killed_once_its_file_was_there_ends_without_overwrite(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "found.json"
+    asked = ("classify", folder, *OPTICS, "--json", out)
+    collect(asked, out)
     written = out.read_bytes()
     # What somebody else has put there stays.
     out.write_bytes(written.replace(b"f0.tif", b"g0.tif"))
@@ -520,11 +525,7 @@ def test_classify_killed_between_its_two_files_ends_without_overwrite(
 ) -> None:
     out, table = tmp_path / "found.json", tmp_path / "found.csv"
     asked = ("classify", folder, *OPTICS, "--json", out, "--csv", table)
-    succeeded(command(*asked, "--init"))
-    succeeded(command(*asked, "--unit", "1/1"))
-    plan = Ledger(out).plan()
-    assert plan is not None
-    Batch(plan.job)._collect(plan, set())
+    collect(asked, out)
     whole = table.read_bytes()
     table.unlink()
     said = succeeded(command(*asked, "--finish"))
