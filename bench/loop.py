@@ -36,10 +36,10 @@ from rtfocus.frame import (
     Slot,
     SlotPool,
 )
+from rtfocus.machine import usable_threads
 from rtfocus.metrics import Accounting
 from rtfocus.microscope.acquisition import acquire
 from rtfocus.processing.processor import open_processor
-from rtfocus.runtimes.machine import usable_threads
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver
 from rtfocus.writers.run import open_run

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from rtfocus.runtimes.machine import processor_name, usable_threads
+from rtfocus.machine import processor_name, usable_threads
 
 _PACKAGES = (
     "rtfocus",

@@ -38,7 +38,7 @@ from rtfocus.errors import (
 from rtfocus.files import nearest_existing, try_writing
 from rtfocus.frame import SeriesStart
 from rtfocus.images.metadata import run_at
-from rtfocus.metrics import check_space, free_bytes
+from rtfocus.machine import check_space, free_bytes
 from rtfocus.processing.channel_plan import (
     find_classifier,
     plan_channel,

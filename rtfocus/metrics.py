@@ -1,4 +1,4 @@
-"""Metrics: frame accounting, stage times, disk and memory; what a series should have.
+"""Metrics: frame accounting, stage times; how much of a series there is.
 
 The loss identity ``acquired = written + dropped(by place) + in error`` holds
 because every term is counted where it happens, never by subtraction. Before it
@@ -8,19 +8,15 @@ stands ``planned = acquired + lost by the camera + not acquired``.
 none of them calls complete what another does not.
 """
 
-import shutil
 import threading
-import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import psutil
 
-from rtfocus.errors import ExitCode, OutputError, WriterError
+from rtfocus.errors import ExitCode
 
 # Stage times between 1 us and 1000 s in bins of 2 %: constant memory however
 # long a run lasts, and percentiles good to 1 %.
@@ -281,170 +277,3 @@ def plan_in_words(terms: dict[str, Any]) -> str:
         f"+ {terms['camera_lost']} lost by the camera "
         f"+ {terms['not_acquired']} not acquired"
     )
-
-
-def free_bytes(folder: Path) -> int:
-    """Return what is free for this user on the disk of `folder`."""
-    return shutil.disk_usage(folder).free
-
-
-class Memory(NamedTuple):
-    """Main memory in bytes."""
-
-    total: int
-    free: int
-
-
-class _GroupVersion(NamedTuple):
-    """How a version of Linux' control groups tells of memory."""
-
-    root: str
-    files: tuple[str, str]
-    """With the limit, and with what is used of it."""
-    cached: tuple[str, str]
-
-
-_VERSIONS = {
-    "": _GroupVersion(
-        "", ("memory.max", "memory.current"), ("inactive_file", "active_file")
-    ),
-    "memory": _GroupVersion(
-        "memory",
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ("total_inactive_file", "total_active_file"),
-    ),
-}
-"""By the controller that ``/proc/self/cgroup`` names."""
-
-
-def memory(
-    groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")
-) -> Memory:
-    """Return the memory that this process may use, and what of it is free.
-
-    Of a container that is its own limit, not the machine's.
-
-    Parameters
-    ----------
-    groups, mine
-        Where Linux tells the limits of control groups, and the groups of this process.
-    """
-    machine = psutil.virtual_memory()
-    total, free = machine.total, machine.available
-    for folder, version in _memory_groups(groups, mine):
-        try:
-            limit, used = (int((folder / name).read_text()) for name in version.files)
-            stat = (folder / "memory.stat").read_text().split()
-        except (OSError, ValueError):  # not told, or no limit: "max"
-            continue
-        told = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
-        # Files that were read fill the rest of a group, and give way.
-        cached = sum(told.get(name, 0) for name in version.cached)
-        total, free = min(total, limit), min(free, max(limit - used + cached, 0))
-    return Memory(total, free)
-
-
-def _memory_groups(groups: Path, mine: Path) -> Iterator[tuple[Path, _GroupVersion]]:
-    """Yield the control groups of this process that may limit its memory."""
-    try:
-        lines = mine.read_text("utf-8").splitlines()
-    except OSError:  # no Linux
-        return
-    for line in lines:
-        _, controller, path = line.split(":", 2)
-        if (version := _VERSIONS.get(controller)) is None:
-            continue
-        root = groups / version.root
-        group = root / path.lstrip("/")
-        # A container may see the path of its host, and its own group at the root.
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(root):
-                yield folder, version
-
-
-def check_space(folder: Path, planned: int | None, min_free: int) -> None:
-    """Refuse a run that does not fit.
-
-    Parameters
-    ----------
-    folder
-        An existing folder on the disk in question.
-    planned
-        Bytes of all planned pixels before compression; None: unbounded.
-    min_free
-        Bytes that must be left.
-
-    Raises
-    ------
-    OutputError
-        Names what is planned, what is free and the remedy.
-    """
-    free = free_bytes(folder)
-    if free < (planned or 0) + min_free:
-        needed = "an unbounded run" if planned is None else f"{_mb(planned)} planned"
-        msg = (
-            f"disk of '{folder}' has {_mb(free)} free, too little for {needed} and "
-            f"store.min_free_mb={min_free / 1e6:.0f}; free space, choose another "
-            "run.folder, record less or lower store.min_free_mb"
-        )
-        raise OutputError(msg)
-
-
-_SAMPLE_S = 0.25
-_WINDOW, _LEAST_S = 40, 5.0
-"""Ten seconds of samples; of less than five no rate is told: runs begin in bursts."""
-
-
-class DiskWatch:
-    """Watches the free space: 4 times a second, near its end before every frame."""
-
-    def __init__(
-        self,
-        folder: Path,
-        min_free: int,
-        *,
-        free: Callable[[Path], int] = free_bytes,
-        clock_s: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._folder = folder
-        self._min_free = min_free
-        self._free = free
-        self._clock_s = clock_s
-        self._samples: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
-        self.sample()
-
-    def sample(self, *, at_once: bool = False) -> int:
-        """Return the free bytes, measured a moment ago or `at_once`."""
-        now = self._clock_s()
-        is_due = not self._samples or now - self._samples[-1][0] >= _SAMPLE_S
-        free = self._free(self._folder) if is_due or at_once else self._samples[-1][1]
-        if is_due:
-            self._samples.append((now, free))
-        return free
-
-    def check(self) -> None:
-        """Raise WriterError when less than the minimum is left."""
-        # A fast disk fills between two samples.
-        is_near = self._samples[-1][1] < 2 * self._min_free
-        if (free := self.sample(at_once=is_near)) < self._min_free:
-            msg = (
-                f"disk of '{self._folder}' has only {_mb(free)} free, less than "
-                f"store.min_free_mb={self._min_free / 1e6:.0f}: the run ends here; "
-                "free space before the next one"
-            )
-            raise WriterError(msg)
-
-    def time_to_full_s(self) -> float | None:
-        """Return seconds until the minimum is reached at the current rate.
-
-        None while the disk does not fill, and at first.
-        """
-        (began, free_then), (now, free_now) = self._samples[0], self._samples[-1]
-        if now - began < _LEAST_S:
-            return None
-        used, left = free_then - free_now, max(free_now - self._min_free, 0)
-        return left * (now - began) / used if used > 0 else None
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"

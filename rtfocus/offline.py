@@ -38,7 +38,7 @@ from rtfocus.frame import (
 )
 from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import checked_image
-from rtfocus.metrics import memory
+from rtfocus.machine import memory
 from rtfocus.optics.normalisation import halved, normalised
 from rtfocus.processing.camera import fill
 from rtfocus.processing.channel_plan import find_classifier, restored_as_it_is

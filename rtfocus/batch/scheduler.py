@@ -26,7 +26,7 @@ from rtfocus.errors import (
     number_of,
     one_line,
 )
-from rtfocus.runtimes.machine import usable_threads
+from rtfocus.machine import usable_threads
 from rtfocus.workers import undisturbed
 
 _CONNECT_S = 20.0

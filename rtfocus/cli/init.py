@@ -28,13 +28,12 @@ from rtfocus.engines.registry import list_engines, why_unfit
 from rtfocus.errors import ConfigError, EngineError, ExitCode, OutputError
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.launch import preflight
-from rtfocus.metrics import memory
+from rtfocus.machine import Finding, memory, processor_name
 from rtfocus.microscope.core import Inventory, take_inventory
 from rtfocus.microscope.core import describe as describe_microscope
 from rtfocus.processing.gpu.cuda.driver import list_devices
 from rtfocus.runtimes.cpu_backends import BACKENDS
 from rtfocus.runtimes.gpu import GPU_BACKENDS, Gpu
-from rtfocus.runtimes.machine import Finding, processor_name
 
 
 def add_to(app: typer.Typer) -> None:

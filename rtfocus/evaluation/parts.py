@@ -26,8 +26,8 @@ from rtfocus.evaluation.contenders import Contender, contender
 from rtfocus.evaluation.data_sets import KNOWN, find_data_set
 from rtfocus.evaluation.evaluate import SHOWN, Measured, Measuring, ScoreSheet
 from rtfocus.evaluation.samples import DataSet
+from rtfocus.machine import processor_name, usable_threads
 from rtfocus.processing.restore import METHODS
-from rtfocus.runtimes.machine import processor_name, usable_threads
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from rtfocus.evaluation.evaluate import ScoreSheet
 from rtfocus.evaluation.samples import SHARP_GROUP, DataSet, Sample
 from rtfocus.evaluation.scores import ErrorScore, LevelScore
 from rtfocus.files import portable_name
+from rtfocus.machine import with_load
 from rtfocus.optics.normalisation import luminance
-from rtfocus.runtimes.machine import with_load
 
 _SHOWN_PX = 320
 # Scale on which the brightest part of a frame is looked for.

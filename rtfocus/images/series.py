@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.errors import InputError, one_line
-from rtfocus.metrics import memory
+from rtfocus.machine import memory
 
 NATIVE = ("|u1", "<u2", "<f4")
 """Pixel types that are processed as they are; all others are read as float32."""

@@ -25,9 +25,9 @@ from rtfocus.config.sections import (
     VirtualMicroscopeConfig,
 )
 from rtfocus.errors import ConfigError, MicroscopeError
+from rtfocus.machine import Finding
 from rtfocus.microscope.series import current_channel
 from rtfocus.microscope.virtual_devices import BufferRoom, load_virtual_microscope
-from rtfocus.runtimes.machine import Finding
 
 DEMO_CONFIG = "MMConfig_demo.cfg"
 TEST_ADAPTERS_REMEDY = "pip install mm-test-adapters"

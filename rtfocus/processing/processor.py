@@ -25,6 +25,7 @@ from itertools import count
 from rtfocus.config.model import Config
 from rtfocus.errors import EngineError
 from rtfocus.frame import SeriesStart, Slot, TileGrid
+from rtfocus.machine import usable
 from rtfocus.processing.channel_plan import ChannelPlan, plan_channel
 from rtfocus.processing.classify import common_grid, estimate_frame
 from rtfocus.processing.device import (
@@ -39,7 +40,6 @@ from rtfocus.processing.device import (
     result_of,
     without_frames,
 )
-from rtfocus.runtimes.machine import usable
 from rtfocus.workers import AbortedError, BoundedQueue, in_steps
 
 logger = logging.getLogger(__name__)

@@ -1,14 +1,25 @@
-"""Backends: the CPU runtimes a network can run on, in order, and how it is opened."""
+"""Backends: the CPU runtimes a network can run on, and what it computes in there.
 
+bf16 is the fastest on some processors and the slowest on others that list it, and int8
+pays only where the processor adds it exactly: which one it is can only be measured. It
+is timed once and kept.
+"""
+
+import hashlib
+import json
 import logging
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from math import lcm
+from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from rtfocus.config.sections import ProcessingConfig
@@ -19,6 +30,14 @@ from rtfocus.engines.card import (
     verified_file,
 )
 from rtfocus.engines.registry import FoundEngine
+from rtfocus.machine import (
+    adds_int8_exactly,
+    adds_int8_in_16_bits,
+    cache_folder,
+    processor_name,
+    usable,
+    write_atomically,
+)
 from rtfocus.runtimes.cpu_engine import (
     CpuPrecision,
     CpuRequest,
@@ -30,16 +49,6 @@ from rtfocus.runtimes.cpu_engine import (
     arranged_shape,
     import_openvino,
     openvino_precisions,
-)
-from rtfocus.runtimes.machine import (
-    DECISIONS,
-    Choice,
-    Key,
-    adds_int8_in_16_bits,
-    choices,
-    processor_name,
-    time_passes,
-    usable,
 )
 
 logger = logging.getLogger(__name__)
@@ -154,6 +163,199 @@ def _arranged(card: EngineCard, request: CpuRequest) -> CpuRequest:
     axes = card.steps.input_axes, card.steps.output_axes
     shape = arranged_shape(request.inputs.shape, axes[0])
     return replace(request, inputs=replace(request.inputs, shape=shape), axes=axes)
+
+
+BUDGET_S = 1.0
+"""Of the timing of one engine; every choice has a first pass and one that counts."""
+_ROUNDS = 5
+_WORTH = 0.9
+"""What must be this much faster than f32 to be taken: the rest is chance."""
+_LARGEST_DB = 0.2
+_LEAST_ALIKE = 0.99
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """A weights file, and what the CPU computes the rest in."""
+
+    weights: Precision
+    computes: Literal["f32", "bf16"]
+
+    @property
+    def name(self) -> str:
+        """``f32``, ``bf16`` or ``int8``."""
+        return "int8" if self.weights == "int8" else self.computes
+
+
+class Key(msgspec.Struct, frozen=True):
+    """All that a decision depends on."""
+
+    engine: str
+    weights_sha256: tuple[str, ...]
+    """Of every choice."""
+    processor: str
+    runtime: str
+    """With its release, e.g. ``openvino 2026.4``."""
+    threads: int
+    shape: tuple[int, ...]
+    """(N, C, H, W) of what is timed."""
+    outputs: tuple[str, ...]
+
+    @property
+    def file_name(self) -> str:
+        """Readable, and unique by the digest of all."""
+        digest = hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+        return f"{self.engine}-{digest}.json"
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """What was taken, and why."""
+
+    key: Key
+    taken: str
+    """`Choice.name`."""
+    times_ms: dict[str, float]
+    """Shortest pass of every choice."""
+
+    def __str__(self) -> str:
+        """Return e.g. ``f32 35.4 ms, bf16 19.6 ms``."""
+        return ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.times_ms.items())
+
+
+def choices(card: EngineCard, computes: Sequence[str]) -> list[Choice]:
+    """Return what a network may run in here, f32 first.
+
+    Parameters
+    ----------
+    card
+        Of the engine; its int8 weights are a choice where the card states that they
+        stay within 0.2 dB and 99 % of the labels, and the processor adds int8 exactly.
+    computes
+        What the runtime computes in, among ``f32`` and ``bf16``.
+    """
+    widest: Literal["f32", "bf16"] = "bf16" if "bf16" in computes else "f32"
+    found = [Choice("fp32", "f32")]
+    if card.sees_image_alone:
+        # Admitted by what it gives in f32; nobody has said what bf16 does to it.
+        return found
+    if widest == "bf16":
+        found.append(Choice("fp32", "bf16"))
+    if "int8" in card.files and _agrees(card) and adds_int8_exactly():
+        found.append(Choice("int8", widest))
+    return found
+
+
+def _agrees(card: EngineCard) -> bool:
+    stated = card.int8
+    if stated is None:
+        return False
+    near = stated.restored_db is None or abs(stated.restored_db) <= _LARGEST_DB
+    alike = stated.labels_alike is None or stated.labels_alike >= _LEAST_ALIKE
+    return near and alike
+
+
+def time_passes(
+    passes: Mapping[str, Callable[[], object]],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Time passes in turns, so that a busy moment meets all of them.
+
+    Each runs the network once; returns the shortest of each in ms, by the same names.
+    """
+    for run in passes.values():
+        # Memory is reserved and kernels are made at the first pass.
+        run()
+    end = clock() + BUDGET_S
+    times = dict.fromkeys(passes, float("inf"))
+    for _ in range(_ROUNDS):
+        for name, run in passes.items():
+            started = clock()
+            run()
+            times[name] = min(times[name], 1e3 * (clock() - started))
+        if clock() >= end:
+            break
+    return times
+
+
+def fastest(times_ms: Mapping[str, float]) -> str:
+    """Return the fastest, f32 unless another is at least a tenth faster."""
+    best = min(times_ms, key=lambda name: times_ms[name])
+    return best if times_ms[best] < _WORTH * times_ms["f32"] else "f32"
+
+
+class Decisions:
+    """Decisions in a folder; one that was made stays as long as its key does.
+
+    Safe to use from several threads and processes, which get the same decision as
+    long as the folder can be written, and those of one object in any case.
+
+    Parameters
+    ----------
+    folder
+        Made when the first is kept; None: ``precision`` in the user's cache.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._known: dict[Key, Decision] = {}
+        self._turn = threading.Lock()
+
+    def path(self, key: Key) -> Path:
+        """Return where the decision of a key is kept."""
+        return (self._folder or cache_folder() / "precision") / key.file_name
+
+    def decide(self, key: Key, measure: Callable[[], dict[str, float]]) -> Decision:
+        """Return the decision of a key; `measure` tells ms where there is none yet."""
+        with self._turn:
+            known = self._known.get(key) or self._find(key)
+            if known is None:
+                times = measure()
+                known = self._keep(Decision(key, fastest(times), times))
+                logger.info(
+                    "engine '%s': precision auto takes %s (%s)",
+                    key.engine,
+                    known.taken,
+                    known,
+                )
+            self._known[key] = known
+            return known
+
+    def _find(self, key: Key) -> Decision | None:
+        path = self.path(key)
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=Decision)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError, RecursionError) as error:
+            logger.warning("'%s' cannot be read: measured again (%s)", path, error)
+            return None
+        if found.key != key or found.taken not in found.times_ms:
+            logger.warning("'%s' is of something else: measured again", path)
+            return None
+        return found
+
+    def _keep(self, decision: Decision) -> Decision:
+        """Keep a decision; return the one that another process kept before."""
+        path = self.path(decision.key)
+        text = json.dumps(msgspec.to_builtins(decision), indent=1).encode()
+        try:
+            if write_atomically(path, text, first=True):
+                return decision
+            earlier = self._find(decision.key)
+            if earlier is not None:
+                return earlier
+            write_atomically(path, text)
+        except OSError as error:
+            logger.warning(
+                "'%s' cannot be written (%s): precision is measured at every start; "
+                "name a writable folder in RTFOCUS_CACHE, or set processing.precision",
+                path,
+                error.strerror,
+            )
+        return decision
+
+
+DECISIONS = Decisions()
+"""Those of this process."""
 
 
 def _by_measurement(

@@ -24,7 +24,7 @@ from rtfocus.engines.card import (
 )
 from rtfocus.engines.registry import FoundEngine, fit_frame, fit_tiles
 from rtfocus.errors import EngineError
-from rtfocus.runtimes.machine import usable
+from rtfocus.machine import usable
 
 Shape = tuple[int, ...]
 """Extents of a tensor, e.g. (N, C, H, W)."""

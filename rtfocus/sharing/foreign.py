@@ -31,10 +31,10 @@ from rtfocus.engines.spec_steps import (
     Values,
 )
 from rtfocus.errors import EngineError
+from rtfocus.machine import usable_threads
 from rtfocus.processing.cpu.network_restorer import TileNetwork
 from rtfocus.runtimes.cpu_backends import open_engine
 from rtfocus.runtimes.cpu_engine import straighten
-from rtfocus.runtimes.machine import usable_threads
 from rtfocus.sharing.description import Model, Side, TensorWords, Tolerance
 
 WEIGHTS_NAME = "model.fp32.onnx"

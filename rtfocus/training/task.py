@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rtfocus.channel import OpticalSystem
+from rtfocus.machine import multiplies_bf16
 from rtfocus.optics.normalisation import ContrastToNoise, PercentileRange
-from rtfocus.runtimes.machine import multiplies_bf16
 from rtfocus.training.layers import recalibrate
 from rtfocus.training.pairs import PairBatches
 from rtfocus.training.recipe import (

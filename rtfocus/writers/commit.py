@@ -20,7 +20,8 @@ import msgspec
 
 from rtfocus.errors import FREE_SPACE, BusyError, WriterError, remedy
 from rtfocus.frame import Slot
-from rtfocus.metrics import Accounting, free_bytes
+from rtfocus.machine import free_bytes
+from rtfocus.metrics import Accounting
 from rtfocus.workers import RUN_CLOCK
 from rtfocus.writers.arrays import Commit
 from rtfocus.writers.folder import RunLock
@@ -39,8 +40,6 @@ from rtfocus.writers.recovery import read_rejected
 
 MOST_LISTED = 10_000
 """Missing places named one by one in the images' metadata; the journal has all."""
-
-GAP = "gap"
 
 
 @dataclass
@@ -139,7 +138,7 @@ class Tally:
 def term_of(line: Line) -> tuple[str, str | None] | None:
     """Return a line's term of the loss identity and its place; None: not sent."""
     if line["status"] == MISSING:
-        return None if line["sequence"] is None else ("dropped", GAP)
+        return None if line["sequence"] is None else ("dropped", "gap")
     return line["status"], line.get("place")
 
 

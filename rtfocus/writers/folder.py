@@ -29,7 +29,7 @@ from rtfocus.errors import BusyError, WriterError, writing
 from rtfocus.files import PATIENCE, nearest_existing, refuse_links, remove
 from rtfocus.frame import SeriesStart
 from rtfocus.images.metadata import COMPANION
-from rtfocus.metrics import check_space
+from rtfocus.machine import check_space
 from rtfocus.writers.header import (
     HEADER_NAME,
     HOLDER_NAME,

@@ -20,16 +20,11 @@ from typing import Any
 from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import beside
 from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, Slot, TileGrid
-from rtfocus.metrics import Accounting, DiskWatch
+from rtfocus.machine import DiskWatch
+from rtfocus.metrics import Accounting
 from rtfocus.workers import RUN_CLOCK
 from rtfocus.writers.arrays import Commit, RunImages
-from rtfocus.writers.commit import (
-    Bookkeeping,
-    CommitQueue,
-    Entry,
-    Tally,
-    WriterStatus,
-)
+from rtfocus.writers.commit import Bookkeeping, CommitQueue, Entry, Tally, WriterStatus
 from rtfocus.writers.finish import finish_run
 from rtfocus.writers.folder import RunLock, begin_folder, leave_folder, take_folder
 from rtfocus.writers.header import HEADER_NAME, JOURNAL_NAME, RunHeader, read_header

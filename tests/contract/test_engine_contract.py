@@ -10,9 +10,9 @@ from network_kit import quantise, write_restorer
 
 from rtfocus.engines.card import read_card, verified_file
 from rtfocus.errors import EngineError
+from rtfocus.machine import adds_int8_in_16_bits
 from rtfocus.runtimes.cpu_backends import BACKENDS, choose_backend
 from rtfocus.runtimes.cpu_engine import CpuRequest, Inputs
-from rtfocus.runtimes.machine import adds_int8_in_16_bits
 
 SHAPE = (1, 1, 240, 288)
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from rtfocus.cli.engines import app
 from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError, ExitCode
+from rtfocus.machine import CACHE_VARIABLE
 from rtfocus.processing.gpu.cuda.driver import find_device, why_no_gpu
 from rtfocus.runtimes.gpu import gpu_request
-from rtfocus.runtimes.machine import CACHE_VARIABLE
 from rtfocus.runtimes.tensorrt.library import import_tensorrt, why_not_importable
 from rtfocus.runtimes.tensorrt.plans import ANY_CARD, ready_plan
 

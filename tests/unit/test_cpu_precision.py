@@ -9,17 +9,20 @@ import pytest
 from rtfocus.config.sections import ProcessingConfig
 from rtfocus.engines.card import Int8Card, read_card
 from rtfocus.engines.registry import FoundEngine
-from rtfocus.runtimes import cpu_backends, machine
-from rtfocus.runtimes.cpu_backends import Backend, open_engine, runs_on, timed_shape
-from rtfocus.runtimes.cpu_engine import OnnxRuntimeEngine
-from rtfocus.runtimes.machine import (
-    CACHE_VARIABLE,
+from rtfocus.machine import CACHE_VARIABLE
+from rtfocus.runtimes import cpu_backends
+from rtfocus.runtimes.cpu_backends import (
+    Backend,
     Decisions,
     Key,
     choices,
     fastest,
+    open_engine,
+    runs_on,
     time_passes,
+    timed_shape,
 )
+from rtfocus.runtimes.cpu_engine import OnnxRuntimeEngine
 
 KEY = Key("delpnet", ("ab",), "EPYC", "openvino 2026.4", 1, (1, 1, 96, 96), ("logits",))
 SLOW_BF16 = {"f32": 20.0, "bf16": 30.0}
@@ -138,7 +141,7 @@ def test_of_two_processes_the_first_to_finish_decides(tmp_path):
 def test_int8_is_a_choice_where_it_is_stated_near_and_added_exactly(
     engine_folder, monkeypatch, stated, exact, names
 ):
-    monkeypatch.setattr(machine, "adds_int8_exactly", lambda: exact)
+    monkeypatch.setattr(cpu_backends, "adds_int8_exactly", lambda: exact)
     section = stated and Int8Card(command="measured", **stated)
     card = read_card(engine_folder / "sharpness").model_copy(
         update={"files": {"fp32": "a.onnx", "int8": "b.onnx"}, "int8": section}

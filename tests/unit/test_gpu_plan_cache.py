@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rtfocus.machine import CACHE_VARIABLE, cache_folder, write_atomically
 from rtfocus.runtimes.gpu import ShapeRange
-from rtfocus.runtimes.machine import CACHE_VARIABLE, cache_folder, write_atomically
 from rtfocus.runtimes.tensorrt.plans import PlanCache, PlanKey
 
 SHAPES = ShapeRange((1, 1, 64, 64), (8, 1, 64, 64), (8, 1, 64, 64))

@@ -1,14 +1,11 @@
 """Metrics: percentiles in constant memory and the loss identity."""
 
-from pathlib import Path
-
 import numpy as np
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtfocus.metrics import Accounting, Histogram, Memory, memory
+from rtfocus.metrics import Accounting, Histogram
 
 
 def test_percentiles_agree_with_numpy_to_two_percent() -> None:
@@ -65,33 +62,3 @@ def test_the_loss_identity_shows_what_nobody_counted() -> None:
     assert accounting.summary()["in_error"] == {"write": 1, "process": 1}
     accounting.set_acquired(3)
     assert accounting.acquired == 10
-
-
-V2 = ("0::/box", "", "memory.max", "memory.current", "")
-V1 = ("4:memory:/host/box", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
-
-
-@pytest.mark.parametrize("version", [V2, (*V1, "total_")], ids=["2", "1"])
-@pytest.mark.parametrize("own", ["box", ""], ids=["own", "root"])
-def test_memory_is_what_a_container_may_use(
-    version: tuple[str, str, str, str, str], own: str, tmp_path: Path
-) -> None:
-    line, root, limit, used, prefix = version
-    mine = tmp_path / "cgroup"
-    mine.write_text(f"9:name=systemd:/\n{line}\n")
-    group = tmp_path / "groups" / root / (line.rpartition(":/")[2] if own else "")
-    group.mkdir(parents=True)
-    (group / limit).write_text("5000\n")
-    (group / used).write_text("4000\n")
-    (group / "memory.stat").write_text(
-        f"anon 900\n{prefix}inactive_file 2000\n{prefix}active_file 100\n"
-    )
-    assert memory(tmp_path / "groups", mine) == Memory(5000, 3100)
-    (group / limit).write_text("max\n")
-    assert memory(tmp_path / "groups", mine).total == psutil.virtual_memory().total
-
-
-def test_memory_without_control_groups_is_that_of_the_machine(tmp_path: Path) -> None:
-    found = memory(tmp_path, tmp_path / "none")
-    assert found.total == psutil.virtual_memory().total
-    assert 0 < found.free < found.total

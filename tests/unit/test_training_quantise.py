@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rtfocus.errors import ConfigError, EngineError
-from rtfocus.runtimes.machine import adds_int8_in_16_bits
+from rtfocus.machine import adds_int8_in_16_bits
 from rtfocus.training.onnx_forms import inner_convolutions, quantise, write_onnx
 from rtfocus.training.recipe import parse_precisions
 from rtfocus.training.task import Graph

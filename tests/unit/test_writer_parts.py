@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtfocus.config.sections import StoreConfig
-from rtfocus.errors import OutputError, WriterError
-from rtfocus.metrics import DiskWatch, check_space
+from rtfocus.errors import WriterError
 from rtfocus.writers.arrays import FrameArray, context_of
 from rtfocus.writers.finish import percentiles
 from rtfocus.writers.header import ImageSpec, write_json
@@ -91,74 +90,6 @@ def test_arrays_of_all_runs_share_threads_that_stay() -> None:
     assert context_of(fsync=True) is synced
     assert synced["file_io_sync"].to_json() is True
     assert context_of(fsync=False)["file_io_sync"].to_json() is False
-
-
-class Disk:
-    """Free space and clock of an imagined machine."""
-
-    def __init__(self, free: int) -> None:
-        self.free = free
-        self.now_s = 1000.0
-        self.asked = 0
-
-    def free_bytes(self, _folder: Path) -> int:
-        self.asked += 1
-        return self.free
-
-    def clock_s(self) -> float:
-        return self.now_s
-
-
-def test_time_to_full_follows_the_rate_at_which_the_disk_fills() -> None:
-    disk = Disk(free=1_000_000)
-    watch = DiskWatch(Path(), 100_000, free=disk.free_bytes, clock_s=disk.clock_s)
-    for second in range(10):
-        assert (watch.time_to_full_s() is None) == (second < 5), "a burst is no rate"
-        disk.now_s += 1
-        disk.free -= 50_000
-        watch.check()
-    # 500,000 free, of which 400,000 may be used at 50,000 bytes/s.
-    assert watch.time_to_full_s() == pytest.approx(8.0)
-    disk.now_s += 1
-    disk.free = 99_999
-    with pytest.raises(WriterError, match="the run ends here"):
-        watch.check()
-
-
-def test_a_disk_that_fills_between_two_samples_ends_the_run_all_the_same() -> None:
-    disk = Disk(free=199_999)
-    watch = DiskWatch(Path(), 100_000, free=disk.free_bytes, clock_s=disk.clock_s)
-    watch.check()
-    disk.free = 99_999
-    with pytest.raises(WriterError, match="the run ends here"):
-        watch.check()
-
-
-def test_near_its_end_the_disk_is_asked_once_a_frame() -> None:
-    disk = Disk(free=150_000)
-    watch = DiskWatch(Path(), 100_000, free=disk.free_bytes, clock_s=disk.clock_s)
-    for number in range(1, 9):
-        disk.now_s += 0.2  # due at every other frame
-        watch.check()
-        assert disk.asked == 1 + number
-
-
-def test_the_disk_is_asked_four_times_a_second_at_most() -> None:
-    disk = Disk(free=1_000_000)
-    watch = DiskWatch(Path(), 0, free=disk.free_bytes, clock_s=disk.clock_s)
-    for _ in range(1000):
-        disk.now_s += 0.001
-        watch.check()
-    assert disk.asked <= 5
-    assert watch.time_to_full_s() is None
-
-
-def test_a_disk_too_small_is_refused_with_both_sizes(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"has \d+ MB free.*1000000000 MB planned"):
-        check_space(tmp_path, 10**15, 0)
-    with pytest.raises(OutputError, match=r"an unbounded run.*min_free_mb"):
-        check_space(tmp_path, None, 10**15)
-    check_space(tmp_path, 1, 0)
 
 
 @given(

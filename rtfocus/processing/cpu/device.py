@@ -14,6 +14,7 @@ from rtfocus.config.model import Config
 from rtfocus.config.sections import RestorationConfig
 from rtfocus.engines.card import input_of
 from rtfocus.frame import DefocusMap, SeriesStart, TileGrid
+from rtfocus.machine import usable_threads
 from rtfocus.processing.camera import Marks, write_counts
 from rtfocus.processing.channel_plan import ChannelPlan, restored_dtype
 from rtfocus.processing.classify import invertible_normalisation
@@ -29,7 +30,6 @@ from rtfocus.processing.cpu.network_restorer import (
 from rtfocus.processing.device import Job, Prepared
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import PATCH_BY_PATCH
-from rtfocus.runtimes.machine import usable_threads
 
 Image = NDArray[np.float32]
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from rtfocus.engines.card import Precision
 from rtfocus.errors import EngineError
+from rtfocus.machine import write_atomically
 from rtfocus.runtimes.gpu import (
     Gpu,
     GpuRequest,
     IoTensor,
     Shape,
 )
-from rtfocus.runtimes.machine import write_atomically
 from rtfocus.runtimes.tensorrt.library import (
     LibraryName,
     TensorRt,

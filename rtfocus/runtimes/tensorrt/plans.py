@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rtfocus.errors import EngineError
+from rtfocus.machine import cache_folder, write_atomically
 from rtfocus.runtimes.gpu import Gpu, GpuRequest, ShapeRange
-from rtfocus.runtimes.machine import cache_folder, write_atomically
 from rtfocus.runtimes.tensorrt.library import (
     Capability,
     Progress,

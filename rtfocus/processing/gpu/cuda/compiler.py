@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 
 from rtfocus.errors import EngineError
+from rtfocus.machine import cache_folder, write_atomically
 from rtfocus.processing.gpu.cuda.driver import NVRTC, load_library
-from rtfocus.runtimes.machine import cache_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
