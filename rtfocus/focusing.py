@@ -19,22 +19,22 @@ from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.core._sequencing import SequencedEvent
 
-from rtfocus.autofocus.actions import FocusActions, FocusEngine
-from rtfocus.autofocus.devices import checked_core, hand_back, take_over
+from rtfocus.autofocus.actions import FocusActions
+from rtfocus.autofocus.devices import checked_core, choices_of, hand_back, take_over
 from rtfocus.autofocus.estimator import (
     EstimatorSettings,
     estimator_settings,
     read_focus,
 )
 from rtfocus.autofocus.focuser import Focuser, FocusJournal
-from rtfocus.autofocus.hold import Correction, Holder, Key
+from rtfocus.autofocus.hold import Correction, Holder, Key, unread
 from rtfocus.autofocus.plans import asking_for_focus
 from rtfocus.autofocus.policy import Limits
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, load_config
 from rtfocus.errors import ConfigError, TransportError
 from rtfocus.frame import Act, Estimate, FocusReading
-from rtfocus.microscope.engine import RecordingEngine
+from rtfocus.microscope.engine import RecordingEngine, SequenceEngine
 from rtfocus.offline import ImageProcessor
 from rtfocus.workers import RUN_CLOCK
 
@@ -202,6 +202,34 @@ class FocusingEngine(LoopActions, RecordingEngine):
         return (site, None), slice_um
 
 
+class FocusEngine(FocusActions, SequenceEngine):
+    """The stock engine of pymmcore-plus that answers ``rtfocus``.
+
+    Parameters
+    ----------
+    core
+        With its devices loaded.
+    focuser
+        Finds focus on it.
+    on_close
+        Frees what reads the images.
+    """
+
+    def __init__(
+        self,
+        core: CMMCorePlus,
+        focuser: Focuser,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(core, **choices_of(core.mda.engine))
+        self.focuser = focuser
+        self._on_close = on_close
+
+    def close(self) -> None:
+        """Free the engine that reads images; called twice does nothing."""
+        self._on_close()
+
+
 class Focusing:
     """Microscope side of one acquisition: its engine and its inbox of estimates."""
 
@@ -356,13 +384,9 @@ def open_focuser(
     """Make a focuser that reads images in this process, while the block runs."""
     reader = LocalReader(config)
     try:
+        optics, journal = optics_of(config), journal or FocusJournal(None)
         yield Focuser(
-            core,
-            config.autofocus,
-            optics_of(config),
-            reader.read,
-            journal=journal or FocusJournal(None),
-            tell=tell,
+            core, config.autofocus, optics, reader.read, journal=journal, tell=tell
         )
     finally:
         reader.close()
@@ -414,21 +438,7 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
 
 def optics_of(config: Config) -> Mapping[str, OpticalSystem]:
     """Return the optics of every channel that has them."""
-    return {
-        channel.name: channel.optics
-        for channel in config.channels
-        if channel.optics is not None
-    }
-
-
-def unread(sequence: int) -> ConfigError:
-    """Say that a processor was not asked for what hold needs."""
-    msg = (
-        f"the processor's estimate of frame {sequence} says nothing of focus, so it "
-        "cannot be held; give the processor the same config: autofocus.mode hold, and "
-        "optics and classifier of the focus channel"
-    )
-    return ConfigError(msg)
+    return {c.name: c.optics for c in config.channels if c.optics is not None}
 
 
 def no_optics(channel: str) -> ConfigError:

@@ -18,14 +18,13 @@ from pymmcore_plus import CMMCorePlus
 from pymmcore_plus._logger import logger as core_logger
 from pymmcore_plus.mda import MDAEngine
 
-from rtfocus.autofocus.actions import FocusEngine
 from rtfocus.autofocus.devices import CoreStage, hand_back, take_over
 from rtfocus.autofocus.execution import FocusStage, Verdict
 from rtfocus.autofocus.focuser import Focuser
-from rtfocus.autofocus.hold import Holder, Key, seen_by
+from rtfocus.autofocus.hold import Holder, Key, seen_by, unread
 from rtfocus.autofocus.plans import unfocused
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError, TransportError
-from rtfocus.focusing import Focusing, LoopActions, unread
+from rtfocus.focusing import FocusEngine, Focusing, LoopActions
 from rtfocus.frame import Estimate, FocusReading
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.workers import RUN_CLOCK, Newest
@@ -379,6 +378,10 @@ class StreamEngine(LoopActions, FocusEngine):
         """Return the place in the store, and the slice in um."""
         site, slice_um = self._following().place_of(event)
         return (site, None), slice_um
+
+    def lose(self, number: int) -> None:
+        """Count images that never came."""
+        self._following().lose(number)
 
 
 @contextmanager

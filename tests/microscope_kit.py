@@ -35,6 +35,32 @@ def clock_of_images(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waits
 
 
+def let_last_image_come_late(core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a hardware sequence end right after somebody looked at it.
+
+    The image arrives, and the camera stops, after it was asked whether it runs or
+    whether an image waits: whichever is asked first gets the older answer.
+    """
+    waiting, running = core.getRemainingImageCount, core.isSequenceRunning
+
+    def end() -> None:
+        wait_for(lambda: not running())
+
+    def count() -> int:
+        seen: int = waiting()
+        if not seen:
+            end()
+        return seen
+
+    def runs() -> bool:
+        seen: bool = running()
+        end()
+        return seen
+
+    monkeypatch.setattr(core, "getRemainingImageCount", count)
+    monkeypatch.setattr(core, "isSequenceRunning", runs)
+
+
 class RecordingSink:
     """Keeps headers and pixels of a series; every slot is free again at once."""
 

@@ -6,20 +6,19 @@ so does ``CustomAction(name="rtfocus_autofocus")``. A correction holds for the t
 was found at, else for its position, and for hardware-sequenced z too.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, cast
 
 import useq
-from pymmcore_plus import CMMCorePlus
 from pymmcore_plus._logger import logger as core_logger
 from pymmcore_plus.core._sequencing import SequencedEvent
 from pymmcore_plus.mda import MDAEngine, SkipEvent
 from pymmcore_plus.metadata import FrameMetaV1, SummaryMetaV1
 from pymmcore_plus.metadata.schema import PropertyValue
 
-from rtfocus.autofocus.devices import choices_of, interrupt_at_end, set_back_light
+from rtfocus.autofocus.devices import interrupt_at_end, set_back_light
 from rtfocus.autofocus.execution import Verdict
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.hold import Holder, Key, seen_by
@@ -415,36 +414,3 @@ class FocusActions(MDAEngine):
             moved = tuple(self.z_um(one) for one in event.events)
             event = event.model_copy(update={"z_sequence": moved})
         super()._load_sequenced_event(event)
-
-
-class FocusEngine(FocusActions):
-    """The stock engine of pymmcore-plus that answers ``rtfocus``.
-
-    Parameters
-    ----------
-    core
-        With its devices loaded.
-    focuser
-        Finds focus on it.
-    on_close
-        Frees what reads the images.
-    """
-
-    def __init__(
-        self,
-        core: CMMCorePlus,
-        focuser: Focuser,
-        on_close: Callable[[], None] = lambda: None,
-    ) -> None:
-        super().__init__(core, **choices_of(core.mda.engine))
-        self.focuser = focuser
-        self._on_close = on_close
-
-    def event_iterator(self, events: Iterable[useq.MDAEvent]) -> Iterator[Any]:
-        """Combine events where possible, but none across a correction."""
-        for stack in self.stacks(events):
-            yield from super().event_iterator(stack)
-
-    def close(self) -> None:
-        """Free the engine that reads images; called twice does nothing."""
-        self._on_close()

@@ -17,6 +17,7 @@ from rtfocus.autofocus.appearance import Appearance, DefocusModels, Floats, Spec
 from rtfocus.autofocus.belief import Drift, modes_of_weights
 from rtfocus.autofocus.execution import Verdict
 from rtfocus.autofocus.policy import Limits, MoveRule
+from rtfocus.errors import ConfigError
 from rtfocus.frame import Estimate, FocusReading
 
 Key = tuple[int | None, int | None]
@@ -378,3 +379,13 @@ def _image_of(
     assert estimate.z_um is not None
     image = Spectrum(np.asarray(estimate.focus.spectrum), estimate.focus.noise)
     return (estimate.z_um - focus_um) / unit_um, image
+
+
+def unread(sequence: int) -> ConfigError:
+    """Say that a processor was not asked for what hold needs."""
+    msg = (
+        f"the processor's estimate of frame {sequence} says nothing of focus, so it "
+        "cannot be held; give the processor the same config: autofocus.mode hold, and "
+        "optics and classifier of the focus channel"
+    )
+    return ConfigError(msg)

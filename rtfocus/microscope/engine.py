@@ -17,19 +17,17 @@ import numpy as np
 import useq
 from numpy.typing import NDArray
 from pymmcore_plus import DeviceType, Keyword
+from pymmcore_plus._logger import logger as core_logger
 from pymmcore_plus.core._sequencing import SequencedEvent
 from pymmcore_plus.experimental.unicore import UniMMCore
 from pymmcore_plus.mda import MDAEngine, SkipEvent
 from pymmcore_plus.metadata import SummaryMetaV1
 
-from rtfocus.errors import ConfigError, MicroscopeError
+from rtfocus.errors import ConfigError, MicroscopeError, number_of
 from rtfocus.microscope.delivery import image_number
-from rtfocus.microscope.plan import images_of, takes_image
+from rtfocus.microscope.plan import images_of, numbered, takes_image
 from rtfocus.microscope.series import Geometry, camera_geometry, with_field_of_view
 from rtfocus.workers import Wait
-
-EVENT_INDEX = "rtfocus_event_index"
-"""Key of an MDA event's metadata: its ordinal among the images of the plan."""
 
 Payload = Any
 """Image, MDA event and metadata; None for an image that never came."""
@@ -37,13 +35,101 @@ Payload = Any
 _POLL_S = 0.001
 
 
-class RecordingEngine(MDAEngine):
-    """Numbers the planned images, finds them by ImageNumber, counts lost ones.
+class SequenceEngine(MDAEngine):
+    """Pairs the images of a hardware sequence with its events, and misses none.
 
-    In a hardware sequence pymmcore-plus pairs the n-th image it *gets* with the
-    n-th event, so that one lost image shifts all that follow. Here the event is
-    found by the image's own number. (One camera; several joined ones are
-    refused by `camera_geometry`.)
+    pymmcore-plus pairs the n-th image it *gets* with the n-th event, so that one lost
+    image shifts all that follow. Here the event is found by the image's own number.
+    Of cameras that are joined, it is left to pymmcore-plus.
+    """
+
+    def lose(self, number: int) -> None:
+        """Tell of images of a hardware sequence that never came."""
+        core_logger.warning(
+            "camera '%s' lost %s of a hardware sequence",
+            *(self.mmcore.getCameraDevice(), number_of(number, "image")),
+        )
+
+    def is_stopped(self) -> bool:
+        """Tell whether somebody wants the end, so that nobody waits for a trigger."""
+        return self.mmcore.mda.status.cancel_requested
+
+    def stacks(
+        self, events: Iterable[useq.MDAEvent]
+    ) -> Iterator[Iterable[useq.MDAEvent]]:
+        """Part the plan where nothing is hardware-sequenced across: here nowhere."""
+        yield events
+
+    def event_iterator(self, events: Iterable[useq.MDAEvent]) -> Iterator[Any]:
+        """Combine events where possible."""
+        for stack in self.stacks(events):
+            yield from super().event_iterator(stack)
+
+    def _exec_single_camera_sequence(
+        self, event: SequencedEvent, t0_ms: float
+    ) -> Generator[Payload, Any, None]:
+        """Take the images of a running hardware sequence, each to its own event.
+
+        That of pymmcore-plus asks whether images wait and then whether the camera
+        runs; the last image, coming in between, was lost. Here it is asked the other
+        way round. There a consumer that takes long for an image uses up the camera's
+        time for the next one; here that begins when the camera is waited for.
+        """
+        core, count, is_told = self.mmcore, 0, False
+        wait, timeout_s = Wait(), self._initial_timeout(event)
+        while True:
+            running = core.isSequenceRunning()
+            if waiting := core.getRemainingImageCount():
+                image, metadata = core.popNextImageAndMD()
+                number = image_number(dict(metadata))
+                own = event.events[count if number is None else number]
+                left = waiting - 1
+                signal = yield self._create_seqimg_payload_from_popped(
+                    image, metadata, own, channel=0, event_t0=t0_ms, remaining=left
+                )
+                count += 1
+                # Only now: until here it was the consumer that took its time.
+                timeout_s = self._frame_timeout(event)
+                wait.restart()
+                if signal == "cancel":
+                    core.stopSequenceAcquisition()
+                    return
+                if signal == "pause" and not is_told:
+                    is_told = True
+                    core_logger.warning("a hardware sequence ends before the pause")
+            elif not running:
+                break
+            elif self.is_stopped():
+                core.stopSequenceAcquisition()
+                return
+            elif wait.look() > timeout_s:
+                core.stopSequenceAcquisition()
+                self._tell_of_silence(timeout_s, count, len(event.events))
+                break
+            else:
+                time.sleep(_POLL_S)
+        if core.isBufferOverflowed():
+            msg = "the core's image buffer overflowed"
+            raise MemoryError(msg)
+        if missing := len(event.events) - count:
+            self.lose(missing)
+        yield from [None] * missing
+
+    def _tell_of_silence(self, silent_s: float, came: int, planned: int) -> None:
+        msg = (
+            f"camera '{self.mmcore.getCameraDevice()}' gave no image for {silent_s:g} "
+            f"s, after {came} of {planned} of a hardware sequence; check its trigger "
+            "and its connection"
+        )
+        if self.timeout_action == "raise":
+            raise MicroscopeError(msg)
+        core_logger.warning("%s", msg)
+
+
+class RecordingEngine(SequenceEngine):
+    """Numbers the planned images and counts lost ones.
+
+    For one camera: several joined ones are refused by `camera_geometry`.
 
     Parameters
     ----------
@@ -54,9 +140,6 @@ class RecordingEngine(MDAEngine):
         and camera are set up and before the clock of the plan starts.
     on_lost
         Called with the number of images that were planned and never came.
-    is_stopped
-        Tells whether somebody wants the end, so that nobody waits for a camera
-        that waits for its trigger.
     """
 
     def __init__(
@@ -65,12 +148,10 @@ class RecordingEngine(MDAEngine):
         *,
         on_start: Callable[[useq.MDASequence, SummaryMetaV1 | None], None],
         on_lost: Callable[[int], None],
-        is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(core)
         self._on_start = on_start
         self._on_lost = on_lost
-        self._is_stopped = is_stopped
         self._planned: useq.MDASequence | None = None
         self.standing_z_um: float | None = None
         """z during the present hardware sequence; None: planned per image."""
@@ -117,6 +198,10 @@ class RecordingEngine(MDAEngine):
         number = sum(map(takes_image, images))
         raise SkipEvent(num_frames=number)
 
+    def lose(self, number: int) -> None:
+        """Count images that never came."""
+        self._on_lost(number)
+
     def z_um(self, event: useq.MDAEvent) -> float | None:
         """Return where the stage is sent for an event: here as planned."""
         return event.z_pos
@@ -135,14 +220,7 @@ class RecordingEngine(MDAEngine):
         # Of a plan, what was made of it at its set-up is run.
         is_plan = isinstance(events, useq.MDASequence)
         planned = self._planned if is_plan and self._planned is not None else events
-        for part in self.stacks(_numbered(planned)):
-            yield from super().event_iterator(part)
-
-    def stacks(
-        self, events: Iterable[useq.MDAEvent]
-    ) -> Iterator[Iterable[useq.MDAEvent]]:
-        """Part the plan where nothing is hardware-sequenced across: here nowhere."""
-        yield events
+        yield from super().event_iterator(numbered(planned))
 
     def exec_sequenced_event(
         self, event: SequencedEvent
@@ -160,72 +238,7 @@ class RecordingEngine(MDAEngine):
             came = True
             yield payload
         if not came:
-            self._on_lost(1)
-
-    def _exec_single_camera_sequence(
-        self, event: SequencedEvent, t0_ms: float
-    ) -> Generator[Payload, Any, None]:
-        """Take the images of a running hardware sequence, each to its own event.
-
-        That of pymmcore-plus asks whether images wait and then whether the camera
-        runs; the last image, coming in between, was lost. Here it is asked the
-        other way round. There a consumer that takes long for an image uses up the
-        camera's time for the next one; here the camera's time begins when it is
-        waited for.
-        """
-        core, count = self.mmcore, 0
-        timeout_s = self._initial_timeout(event)
-        wait = Wait()
-        while True:
-            running = core.isSequenceRunning()
-            if waiting := core.getRemainingImageCount():
-                image, metadata = core.popNextImageAndMD()
-                number = image_number(dict(metadata))
-                signal = yield self._create_seqimg_payload_from_popped(
-                    image,
-                    metadata,
-                    event=event.events[count if number is None else number],
-                    channel=0,
-                    event_t0=t0_ms,
-                    remaining=waiting - 1,
-                )
-                count += 1
-                # Only now: until here it was the consumer that took its time.
-                timeout_s = self._frame_timeout(event)
-                wait.restart()
-                if signal == "cancel":
-                    core.stopSequenceAcquisition()
-                    return
-            elif not running:
-                break
-            elif self._is_stopped():
-                core.stopSequenceAcquisition()
-                return
-            elif wait.look() > timeout_s:
-                core.stopSequenceAcquisition()
-                msg = (
-                    f"camera '{core.getCameraDevice()}' gave no image for "
-                    f"{timeout_s:g} s, after {count} of {len(event.events)} of a "
-                    "hardware sequence; check its trigger and its connection"
-                )
-                raise MicroscopeError(msg)
-            else:
-                time.sleep(_POLL_S)
-        if core.isBufferOverflowed():
-            msg = "the core's image buffer overflowed"
-            raise MemoryError(msg)
-        for _ in range(len(event.events) - count):
-            self._on_lost(1)
-            yield None
-
-
-def _numbered(events: Iterable[useq.MDAEvent]) -> Iterator[useq.MDAEvent]:
-    """Give every event the ordinal of the image that it is, or that it is for."""
-    ordinal = 0
-    for event in events:
-        metadata = {**event.metadata, EVENT_INDEX: ordinal}
-        yield event.model_copy(update={"metadata": metadata})
-        ordinal += takes_image(event)
+            self.lose(1)
 
 
 Setting = tuple[str, str, str]

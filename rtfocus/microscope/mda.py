@@ -32,8 +32,8 @@ from rtfocus.microscope.delivery import (
     overflow_error,
     untold,
 )
-from rtfocus.microscope.engine import EVENT_INDEX, RecordingEngine, SetUps
-from rtfocus.microscope.plan import lay_out, takes_image
+from rtfocus.microscope.engine import RecordingEngine, SetUps
+from rtfocus.microscope.plan import EVENT_INDEX, lay_out, takes_image
 from rtfocus.microscope.series import (
     Complaints,
     camera_geometry,
@@ -71,8 +71,7 @@ class PlannedAcquisition:
         self._engine = make_engine(
             core,
             on_start=self._begin,
-            on_lost=self._lose,
-            is_stopped=lambda: self._stop.is_set(),
+            on_lost=self.lose,
         )
         self._engine.send_focus_image = self.send_focus_image
         self._engine.place_of = self._place_of
@@ -255,7 +254,8 @@ class PlannedAcquisition:
         self._delivery.deliver(pixels, exposure)
         return sequence
 
-    def _lose(self, number: int) -> None:
+    def lose(self, number: int) -> None:
+        """Count images that the camera never gave."""
         self._observations.camera_lost += number
 
     def _fail(self, error: Exception, cause: BaseException | None = None) -> None:

@@ -5,7 +5,7 @@ Stage positions, grid tiles and wells become one axis p.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice, pairwise
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from rtfocus.errors import ConfigError
 from rtfocus.frame import Position
 from rtfocus.images.ome_xml import row_letters
+
+EVENT_INDEX = "rtfocus_event_index"
+"""Key of an MDA event's metadata: its ordinal among the images of the plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +215,15 @@ def _time_point(
         return sequence, 1
     first = useq.TIntervalLoops(interval=timedelta(0), loops=kept)
     return sequence.replace(time_plan=first), number // kept
+
+
+def numbered(events: Iterable[useq.MDAEvent]) -> Iterator[useq.MDAEvent]:
+    """Give every event the ordinal of the image that it is, or that it is for."""
+    ordinal = 0
+    for event in events:
+        metadata = {**event.metadata, EVENT_INDEX: ordinal}
+        yield event.model_copy(update={"metadata": metadata})
+        ordinal += takes_image(event)
 
 
 def takes_image(event: useq.MDAEvent) -> bool:

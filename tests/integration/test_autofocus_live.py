@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import useq
 from loop_kit import LOCAL, OPTICS, read_journal, read_report
-from microscope_kit import clock_of_images, wait_for
+from microscope_kit import clock_of_images, let_last_image_come_late, wait_for
 from msgspec.structs import replace
 from pymmcore_plus.mda import MDAEngine
 
@@ -155,13 +155,17 @@ def test_an_unfocused_position_is_skipped_where_that_is_wanted() -> None:
         assert engine.focuser.journal.drain()[-1]["kind"] == "verdict"
 
 
-def test_hardware_sequenced_z_gets_the_correction() -> None:
+SEQUENCED = {
+    "stage_positions": [{"x": 0, "y": 0, "z": 10}],
+    "channels": [{"config": "DAPI", "exposure": 5}],
+    "z_plan": {"range": 4, "step": 2},
+}
+
+
+def test_hardware_sequenced_z_gets_the_correction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("mm_test_adapters")
-    plan = useq.MDASequence(
-        stage_positions=[{"x": 0, "y": 0, "z": 10}],
-        channels=[{"config": "DAPI", "exposure": 5}],
-        z_plan={"range": 4, "step": 2},
-    )
     with acquired(demo(channel_offsets_um={"DAPI": 1.5})) as (core, engine, frames):
         loaded: list[Any] = []
         load = core.loadStageSequence
@@ -170,18 +174,33 @@ def test_hardware_sequenced_z_gets_the_correction() -> None:
             loaded.append(list(heights))
             load(stage, heights)
 
-        running = core.isSequenceRunning
-
-        def has_more() -> bool:
-            # Asked in this order no image comes in between: decision 11.
-            return bool(running()) or core.getRemainingImageCount() > 0
-
-        core.loadStageSequence, core.isSequenceRunning = note, has_more
+        core.loadStageSequence = note
+        let_last_image_come_late(core, monkeypatch)
         engine.use_hardware_sequencing = True
-        core.mda.run(plan)
+        core.mda.run(useq.MDASequence(**SEQUENCED))
     assert loaded == [[9.5, 11.5, 13.5]]
-    assert len(frames) == 3
+    assert [meta["mda_event"].index["z"] for meta in frames] == [0, 1, 2]
+    assert [meta["camera_metadata"]["ImageNumber"] for meta in frames] == [*"012"]
     assert all(meta["hardware_triggered"] for meta in frames)
+
+
+def test_an_image_lost_in_a_hardware_sequence_is_told_and_shifts_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("mm_test_adapters")
+    with acquired(demo()) as (core, engine, frames):
+
+        def steal(*_: Any) -> None:
+            if len(frames) == 1:
+                wait_for(lambda: core.getRemainingImageCount() > 0)
+                core.popNextImage()
+
+        core.mda.events.frameReady.connect(steal)
+        engine.use_hardware_sequencing = True
+        core.mda.run(useq.MDASequence(**SEQUENCED))
+        core.mda.events.frameReady.disconnect(steal)
+    assert [meta["mda_event"].index["z"] for meta in frames] == [0, 2]
+    assert "camera 'Camera' lost 1 image of a hardware sequence" in caplog.text
 
 
 def test_limits_that_the_stage_is_outside_of_are_said(tmp_path: Path) -> None:

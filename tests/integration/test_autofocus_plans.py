@@ -11,12 +11,11 @@ import yaml
 from loop_kit import OPTICS
 from pymmcore_plus.mda import MDAEngine
 
-from rtfocus.autofocus.actions import FocusEngine
 from rtfocus.autofocus.planes import FocusCalibration
 from rtfocus.autofocus.plans import save_calibration
 from rtfocus.config import parse_config
 from rtfocus.errors import MicroscopeError, TransportError
-from rtfocus.focusing import focus
+from rtfocus.focusing import FocusEngine, focus
 from rtfocus.microscope.core import open_core
 from rtfocus.microscope.series import Complaints
 

@@ -5,7 +5,13 @@ import time
 from itertools import product
 
 import pytest
-from microscope_kit import RecordingSink, democamera, record, wait_for
+from microscope_kit import (
+    RecordingSink,
+    democamera,
+    let_last_image_come_late,
+    record,
+    wait_for,
+)
 
 from rtfocus.errors import ConfigError, ExitCode, MicroscopeError
 from rtfocus.microscope.acquisition import acquire
@@ -240,29 +246,10 @@ def test_an_image_lost_in_a_hardware_sequence_shifts_no_other():
 
 
 def test_the_last_image_of_a_hardware_sequence_may_come_late(monkeypatch):
-    # The image arrives, and the camera stops, right after it was asked whether it runs
-    # or whether an image waits: whichever is asked first gets the older answer.
     config = democamera({"mda": PLAN}, properties=TRIGGERED)
     sink = RecordingSink()
     with open_core(config) as core:
-        waiting, running = core.getRemainingImageCount, core.isSequenceRunning
-
-        def ended():
-            wait_for(lambda: not running())
-
-        def count():
-            seen = waiting()
-            if not seen:
-                ended()
-            return seen
-
-        def runs():
-            seen = running()
-            ended()
-            return seen
-
-        monkeypatch.setattr(core, "getRemainingImageCount", count)
-        monkeypatch.setattr(core, "isSequenceRunning", runs)
+        let_last_image_come_late(core, monkeypatch)
         report = acquire(config, sink, core=core, stop=threading.Event())
     assert (report.frames, report.camera_lost) == (24, 0)
     assert report.warnings == ()

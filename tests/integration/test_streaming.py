@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import useq
-from microscope_kit import RecordingSink
+from microscope_kit import RecordingSink, let_last_image_come_late, wait_for
 from mm_test_adapters import device_adapter_path
 from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.mda import MDAEngine
@@ -255,6 +255,37 @@ def test_handlers_of_the_script_that_fail_cost_no_frame_and_no_end(core, recorde
         core.mda.run(useq.MDASequence(time_plan={"interval": 0, "loops": 3}))
     end()
     assert live.reports[0].frames == live.runs[0].outcome.present == 3
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["late", "lost"])
+def test_the_images_of_a_hardware_sequence_come_to_a_stream_or_are_counted(
+    is_lost, core, recorder, monkeypatch
+):
+    config, end = recorder
+    came = []
+
+    def steal(*_):
+        came.append(True)
+        if is_lost and len(came) == 1:
+            wait_for(lambda: core.getRemainingImageCount() > 0)
+            core.popNextImage()
+
+    core.mda.events.frameReady.connect(steal)
+    with contextlib.ExitStack() as opened:
+        if is_lost:
+            opened.enter_context(pytest.raises(IncompleteError, match="fewer images"))
+        live = opened.enter_context(
+            rtfocus.stream(core, config, processor="configured")
+        )
+        if not is_lost:
+            let_last_image_come_late(core, monkeypatch)
+        core.mda.run(useq.MDASequence(**PLANS["hardware z"]))
+    end()
+    (report,) = live.reports
+    assert (report.frames, report.camera_lost) == (5 - is_lost, is_lost)
+    frames = live.runs[0].frames
+    written = frames["z"][frames["status"] == "written"]
+    assert list(written) == ([0, 2, 3, 4] if is_lost else [0, 1, 2, 3, 4])
 
 
 class EngineOfSomebody(MDAEngine):
