@@ -42,7 +42,7 @@ from rtfocus.microscope.acquisition import acquire
 from rtfocus.processing.processor import open_processor
 from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver
-from rtfocus.writers.run import open_run
+from rtfocus.writers.run import open_writer
 
 CONFIG = Path(__file__).with_name("loop.yaml")
 
@@ -195,7 +195,7 @@ def measure_writer(
     free = threading.Semaphore(slots)
     accounting = Accounting()
 
-    with open_run(
+    with open_writer(
         folder / "alone.rtfocus",
         series,
         config.store,

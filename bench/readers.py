@@ -91,7 +91,7 @@ def record(folder: Path, layout: Layout) -> Path:
         SlotPool,
     )
     from rtfocus.metrics import Accounting
-    from rtfocus.writers.run import open_run
+    from rtfocus.writers.run import open_writer
 
     series = SeriesStart(
         version=1,
@@ -111,7 +111,7 @@ def record(folder: Path, layout: Layout) -> Path:
     accounting = Accounting()
     places = list(np.ndindex(2, len(layout.positions), 2, 2))
     accounting.set_acquired(len(places))
-    with open_run(
+    with open_writer(
         folder,
         series,
         StoreConfig(min_free_mb=0, restored=False),

@@ -42,7 +42,7 @@ from rtfocus.frame import (
 from rtfocus.metrics import Accounting
 from rtfocus.writers.arrays import context_of
 from rtfocus.writers.header import RunHeader, array_metadata, image_specs
-from rtfocus.writers.run import open_run
+from rtfocus.writers.run import open_writer
 
 DISTINCT = 16
 """Different frames, so that no writer profits from repetition."""
@@ -116,7 +116,7 @@ def run_rtfocus(
         slot.prepare(header(0, size))[...] = frame
         pool.release(slot)
     accounting = Accounting()
-    with open_run(
+    with open_writer(
         folder / "bench.rtfocus",
         series_start(size, frames),
         store,

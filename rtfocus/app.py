@@ -51,7 +51,7 @@ from rtfocus.transport.publisher import FramePublisher
 from rtfocus.transport.receiver import FrameReceiver
 from rtfocus.workers import BoundedQueue, Pipeline, Worker, acting_when
 from rtfocus.writers.folder import run_folder
-from rtfocus.writers.run import RunWriter, open_run
+from rtfocus.writers.run import RunWriter, open_writer
 
 Arrival = Ticket | Gap
 
@@ -288,7 +288,7 @@ class SeriesLoop:
         grid = self._processor.start(self._series, self._config.transport.slots)
         folder = run_folder(self._config.run, self._config.store, self._series)
         self._focus_log = FocusLog(folder, self._preview.note_focus)
-        with open_run(
+        with open_writer(
             folder,
             self._series,
             self._config.store,

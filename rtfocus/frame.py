@@ -27,7 +27,8 @@ PROTOCOL_VERSION = 1
 
 BACKGROUND = int(np.iinfo(np.int16).min)
 """Level of a tile without a specimen; no signed level ever reaches it."""
-
+AXES = ("t", "p", "c", "z")
+"""Keys of `SeriesStart.sizes` and `FrameHeader.index`."""
 
 Act = Literal["autofocus", "hold_on", "hold_off", "stop"]
 """What a viewer may ask the microscope side for, where the config allows it."""

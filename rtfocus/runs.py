@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from rtfocus.errors import InputError, WriterError
 from rtfocus.files import path_given
-from rtfocus.frame import SeriesStart
+from rtfocus.frame import AXES, SeriesStart
 from rtfocus.images.ome_zarr import open_zarr
 from rtfocus.metrics import Outcome
 from rtfocus.writers.commit import report_of
@@ -29,7 +29,7 @@ from rtfocus.writers.header import (
 )
 from rtfocus.writers.journal import Line, read_journal
 from rtfocus.writers.layout import store_path
-from rtfocus.writers.places import AXES, complete, position_paths
+from rtfocus.writers.places import complete, position_paths
 
 Kind = Literal["raw", "restored", "defocus", "deviation", "expected_error"]
 

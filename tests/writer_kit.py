@@ -27,7 +27,7 @@ from rtfocus.frame import (
     TileGrid,
 )
 from rtfocus.metrics import Accounting
-from rtfocus.writers.run import RunWriter, open_run
+from rtfocus.writers.run import RunWriter, open_writer
 
 GRID = TileGrid(
     rows=3, columns=4, tile_px=16, stride_px=8.0, origin_px=7.5, signed=False
@@ -96,7 +96,7 @@ class Recording:
         self.durable: list[int] = []
         size = int(np.prod(series.shape)) * np.dtype(series.dtype).itemsize
         self.pool = SlotPool(slots, size)
-        self.writer: RunWriter = open_run(
+        self.writer: RunWriter = open_writer(
             folder,
             series,
             self.store,

@@ -30,7 +30,7 @@ from rtfocus.autofocus.plans import (
     channel_offset_um,
     focus_light,
     focus_plans,
-    images_of,
+    image_count,
     is_autofocus,
     key_of,
     reference_um,
@@ -108,7 +108,7 @@ class FocusActions(MDAEngine):
                 "Failed to set focus, images are skipped (autofocus.on_failure): %s",
                 unfocused(found_by, reason),
             )
-            raise SkipEvent(num_frames=images_of(event))
+            raise SkipEvent(num_frames=image_count(event))
         if self.focuser.moves_offset:
             event = beside_held(event, self._found_at_um)
         elif event.z_pos is None and (self.holder is not None or found_by is not None):
@@ -406,7 +406,7 @@ class FocusActions(MDAEngine):
                 "and corrected by autofocus. %s",
                 *(core.getFocusDevice(), target_um, event.z_pos, error),
             )
-            raise SkipEvent(num_frames=images_of(event)) from error
+            raise SkipEvent(num_frames=image_count(event)) from error
 
     def _load_sequenced_event(self, event: SequencedEvent) -> None:
         """Load a hardware sequence with the corrections in its z."""

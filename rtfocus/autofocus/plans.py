@@ -274,7 +274,7 @@ def _taken_off_um(event: useq.MDAEvent) -> float:
     """Return what useq took off the z of an image where it asks for focus there."""
     plan = None if event.sequence is None else event.sequence.z_plan
     number = event.index.get("z")
-    if images_of(event) or plan is None or not plan.is_relative or number is None:
+    if image_count(event) or plan is None or not plan.is_relative or number is None:
         return 0.0
     return float(list(plan)[number])
 
@@ -309,7 +309,7 @@ def key_of(event: useq.MDAEvent) -> Key:
     return key_of_index(event.index)
 
 
-def images_of(event: useq.MDAEvent) -> int:
+def image_count(event: useq.MDAEvent) -> int:
     """Return how many images an event takes, alone or as a hardware sequence."""
     parts = event.events if isinstance(event, SequencedEvent) else (event,)
     return sum(

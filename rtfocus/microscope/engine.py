@@ -25,7 +25,7 @@ from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.errors import ConfigError, MicroscopeError, number_of
 from rtfocus.microscope.delivery import image_number
-from rtfocus.microscope.plan import images_of, numbered, takes_image
+from rtfocus.microscope.plan import image_events, numbered, takes_image
 from rtfocus.microscope.series import Geometry, camera_geometry, with_field_of_view
 from rtfocus.workers import Wait
 
@@ -292,7 +292,7 @@ class SetUps:
         MicroscopeError
             If a setting cannot be made, or its camera cannot be used.
         """
-        steps = list(_steps(self._of(event) for event in images_of(sequence)))
+        steps = list(_steps(self._of(event) for event in image_events(sequence)))
         if not any(set_up.settings for _, set_up in steps):
             return None
         found: dict[tuple[Geometry, str | None], tuple[int, SetUp]] = {}
@@ -319,7 +319,7 @@ class SetUps:
         MicroscopeError
             If it cannot be set.
         """
-        first = next(images_of(sequence), None)
+        first = next(image_events(sequence), None)
         if first is None:
             return
         if first.channel is not None:

@@ -16,7 +16,7 @@ import useq
 from numpy.typing import NDArray
 
 from rtfocus.errors import ConfigError
-from rtfocus.frame import Position
+from rtfocus.frame import AXES, Position
 from rtfocus.images.ome_xml import row_letters
 
 EVENT_INDEX = "rtfocus_event_index"
@@ -100,9 +100,6 @@ def _well_of(position: useq.Position) -> Well | None:
     if row is None or column is None:
         return None
     return Well(row_letters(row), f"{column + 1:02d}")
-
-
-AXES = ("t", "p", "c", "z")
 
 
 @dataclass(frozen=True)
@@ -297,7 +294,7 @@ def _refuse_doubles(places: NDArray[np.int32]) -> None:
         raise ConfigError(msg)
 
 
-def images_of(sequence: useq.MDASequence) -> Iterator[useq.MDAEvent]:
+def image_events(sequence: useq.MDASequence) -> Iterator[useq.MDAEvent]:
     """Yield the events that take an image, each set-up after each that it follows.
 
     One tile per grid: tiles set up nothing. Two of time points that are all alike.

@@ -25,8 +25,8 @@ from rtfocus.view.stored_run import (
     StoredRun,
     Traces,
     note_focus_line,
+    numbers_of,
     place_of,
-    report_of,
 )
 
 State = Literal["gone", "waiting", "running", "recording", "finished"]
@@ -110,7 +110,7 @@ class Scene:
         if self.state != "finished":
             self.state = "finished"
             with contextlib.suppress(RtfocusError):
-                self.numbers = report_of(self.stored.run)
+                self.numbers = numbers_of(self.stored.run)
         return True
 
     def show(self, place: Place, picture: Picture) -> None:

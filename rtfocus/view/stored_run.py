@@ -400,7 +400,7 @@ class StoredRun:
             return None
 
 
-def report_of(run: Run) -> dict[str, Any]:
+def numbers_of(run: Run) -> dict[str, Any]:
     """Return the numbers of a finished run in the form of a live one's."""
     report = run.report
     if report is None:

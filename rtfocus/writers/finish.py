@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import WriterError, writing
 from rtfocus.files import refuse_links, remove, replace
-from rtfocus.frame import FrameResult
+from rtfocus.frame import AXES, FrameResult
 from rtfocus.writers.arrays import RunImages
 from rtfocus.writers.commit import Tally, report_of
 from rtfocus.writers.folder import RunLock
@@ -45,7 +45,7 @@ from rtfocus.writers.journal import (
     write_journal,
 )
 from rtfocus.writers.layout import Windows, write_group
-from rtfocus.writers.places import AXES, FrameSample, Index, Plan, complete, thinned
+from rtfocus.writers.places import FrameSample, Index, Plan, complete, thinned
 from rtfocus.writers.recovery import set_aside
 
 FRAMES_NAME = "frames.zarr"

@@ -375,7 +375,7 @@ def run_folder(run: RunConfig, store: StoreConfig, series: SeriesStart) -> Path:
 
     A folder that already holds this series unfinished comes first, so that a
     restarted processor goes on with it. With ``store.overwrite`` a finished
-    ``NAME.rtfocus`` is taken, to be replaced by `open_run`, unless somebody has added
+    ``NAME.rtfocus`` is taken, which `open_writer` replaces, unless somebody has added
     something to it.
     """
     for number in count(1):

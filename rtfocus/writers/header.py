@@ -261,7 +261,7 @@ def write_file(path: Path, data: bytes, *, fsync: bool) -> None:
         raise WriterError(str(error)) from error
 
 
-AXES = ("t", "c", "z", "y", "x")
+DIMENSIONS = ("t", "c", "z", "y", "x")
 """Of every array."""
 RAW = "raw"
 RESTORED = "restored"
@@ -417,7 +417,7 @@ def array_metadata(
         "shape": shape,
         "data_type": spec.dtype,
         "fill_value": fill,
-        "dimension_names": list(AXES),
+        "dimension_names": list(DIMENSIONS),
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": outer}},
         "chunk_key_encoding": {
             "name": "default",

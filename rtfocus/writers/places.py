@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 
 from rtfocus.errors import WriterError
 from rtfocus.files import is_reserved_name, same_name
-from rtfocus.frame import Position, SeriesStart
+from rtfocus.frame import AXES, Position, SeriesStart
 
 if TYPE_CHECKING:
     import useq
-
-AXES = ("t", "p", "c", "z")
 
 NOT_SENT = "not sent"
 """Why a place is empty that the sender never had a frame for."""

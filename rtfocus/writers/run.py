@@ -49,7 +49,7 @@ from rtfocus.writers.places import (
 from rtfocus.writers.recovery import is_damaged, mend_journal, read_rejected
 
 
-def open_run(
+def open_writer(
     folder: Path,
     series: SeriesStart,
     store: StoreConfig,
@@ -115,7 +115,7 @@ def open_run(
 
 
 class RunWriter:
-    """Appends frames of one series; made by `open_run`, used from one thread.
+    """Appends frames of one series; made by `open_writer`, used from one thread.
 
     A failed write fails the run: the next `append` or `close` raises it. Use as a
     context manager: leaving it without `close` is an `abort`.

@@ -20,7 +20,7 @@ from rtfocus.errors import ConfigError, ExitCode, InputError, OutputError, Write
 from rtfocus.images.optics import stated_optics
 from rtfocus.report.page import write_page
 from rtfocus.runs import open_run
-from rtfocus.view.stored_run import report_of
+from rtfocus.view.stored_run import numbers_of
 from rtfocus.writers.check import check_run
 
 DEEP = b'{"a":' * 5000
@@ -72,7 +72,7 @@ def test_a_damaged_report_is_told_by_all_and_repaired(damage, sound, tmp_path) -
     with pytest.raises(WriterError, match=r"report\.json' cannot be read"):
         _ = open_run(run).outcome
     with pytest.raises(WriterError, match=r"report\.json' cannot be read"):
-        report_of(open_run(run))
+        numbers_of(open_run(run))
     assert check_run(run).problems == [f"'{path}' is damaged; use --repair"]
     assert check_run(run, repair=True).problems == []
     succeeded(command("report", run))

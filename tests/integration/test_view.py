@@ -43,7 +43,7 @@ from rtfocus.view.stored_run import (
     StoredRun,
     Traces,
     note_focus_line,
-    report_of,
+    numbers_of,
 )
 from rtfocus.view.viewer import MOST_ASKED
 from rtfocus.writers.check import check_run
@@ -70,7 +70,7 @@ def test_a_finished_run_has_the_numbers_of_its_report(scene: Scene) -> None:
     assert (scene.state, scene.numbers["written"]) == ("finished", 8)
     assert scene.numbers["frames_per_s"] > 0
     unknown = SimpleNamespace(report={"throughput": {"frames_per_s": None}})
-    assert "frames_per_s" not in report_of(unknown)
+    assert "frames_per_s" not in numbers_of(unknown)
 
 
 def test_a_run_is_read_place_by_place(scene: Scene, run_folder: Path) -> None:

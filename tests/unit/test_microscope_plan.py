@@ -9,7 +9,7 @@ import yaml
 
 from rtfocus.errors import ConfigError
 from rtfocus.microscope.acquisition import anchored
-from rtfocus.microscope.plan import images_of, lay_out
+from rtfocus.microscope.plan import image_events, lay_out
 from rtfocus.microscope.sequence import read_sequence
 from rtfocus.microscope.series import with_field_of_view
 
@@ -214,7 +214,7 @@ def test_a_million_images_are_laid_out_without_a_walk_through_them(phases):
     plan = [{"interval": 1 + loops % 2, "loops": loops} for loops in phases]
     sequence = read_sequence({"time_plan": plan if len(plan) > 1 else plan[0]})
     assert lay_out(sequence).sizes["t"] == 10**6
-    assert len(list(images_of(sequence))) == 2
+    assert len(list(image_events(sequence))) == 2
 
 
 def test_tiles_that_the_camera_divides_are_counted_once_it_is_known():
