@@ -15,6 +15,7 @@ import os
 import pickle
 import signal
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -246,7 +247,7 @@ def _no_checkpoint(path: Path) -> str:
     )
 
 
-def start_from(task: Task[Any], source: Path) -> None:
+def start_from(task: Task[Any], source: Path, *, any_size: bool = False) -> None:
     """Give the network of a task its first weights.
 
     Parameters
@@ -255,6 +256,8 @@ def start_from(task: Task[Any], source: Path) -> None:
         Its network takes the weights.
     source
         Checkpoint file, or engine folder; ``engines/NAME`` also finds a shipped one.
+    any_size
+        The network takes the size of the weights, too, where it comes in several.
 
     Raises
     ------
@@ -262,21 +265,30 @@ def start_from(task: Task[Any], source: Path) -> None:
         If there is nothing at `source`, or weights of another network.
     """
     folder = engine_folder(source)
+    if folder is None:
+        weights, take = _average_in(source, load_checkpoint(source)[1]), task.take_state
+    else:
+        weights, take = read_weights(folder), task.take_exported
     try:
-        if folder is None:
-            task.take_state(_average_in(source, load_checkpoint(source)[1]))
-        else:
-            task.take_exported(read_weights(folder))
+        if any_size:
+            task.take_size(weights)
+        take(weights)
     except (KeyError, RuntimeError) as error:
         msg = (
-            f"start_from '{source}' holds no weights of network "
-            f"'{task.recipe.network}': {error}; give one that was trained for it"
+            f"'{source}' holds no weights of network '{task.recipe.network}' as the "
+            f"recipe has it: {_first_reason(error)}; give one that was trained for it"
         )
         raise ConfigError(msg) from error
 
 
+def _first_reason(error: Exception) -> str:
+    """Return the first of torch's reasons, of which there is one for every layer."""
+    first, *reasons = str(error).splitlines()
+    return textwrap.shorten(reasons[-1] if reasons else first, 160, placeholder=" ...")
+
+
 def copy_of(task: T, source: Path | None) -> T:
-    """Return a copy of a task with the weights of `source`, see `start_from`.
+    """Return a copy of a task with weights and size of `source`, see `start_from`.
 
     Raises
     ------
@@ -287,7 +299,9 @@ def copy_of(task: T, source: Path | None) -> T:
         msg = f"'{task.recipe.name}' learns from weights: name them in start_from"
         raise ConfigError(msg)
     other = copy.deepcopy(task)
-    start_from(other, source)
+    start_from(other, source, any_size=True)
+    device = next(task.network.parameters()).device
+    other.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return other
 
 

@@ -48,6 +48,15 @@ class DropMaps(nn.Dropout2d):
         return maps * (kept / (1 - self.p)).to(maps)[:, :, None, None]
 
 
+def encoder_sizes(weights: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Return channels, then number of residual blocks, on every scale of an encoder."""
+    ways = [name.split(".") for name in weights if name.startswith("encoder.")]
+    scales = range(1 + max((int(scale) for _, scale, *_ in ways), default=0))
+    widths = [len(weights[f"encoder.{scale}.0.layers.0.weight"]) for scale in scales]
+    depths = [len({way[2] for way in ways if way[1] == str(n)}) for n in scales]
+    return tuple(widths), tuple(depths)
+
+
 @torch.no_grad()
 def recalibrate(
     network: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]

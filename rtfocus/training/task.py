@@ -108,6 +108,12 @@ class Task(ABC, Generic[R]):
         Networks that learn from what they were at first override it.
         """
 
+    def take_size(self, weights: Mapping[str, Tensor]) -> None:
+        """Become as wide and deep as weights are; copies that teach are.
+
+        Networks that come in several sizes override it.
+        """
+
     def take_state(self, weights: Mapping[str, Tensor]) -> None:
         """Load the weights of a checkpoint of this network.
 

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
-from rtfocus.training.feed import save_checkpoint
+from rtfocus.training.feed import save_checkpoint, start_from
 from rtfocus.training.layers import found_level, in_the_mean, oriented, second_look
 from rtfocus.training.networks.rtfocus import (
     CONDITION,
@@ -90,14 +91,13 @@ def test_sure_labels_leave_finite_gradients_in_bfloat16(task):
     assert network.trust.grad.abs() > 0
 
 
-def small_task(
-    start: Path | None = None, **section: float | str | Path
-) -> Rtfocus2Task:
+def small_task(start: Path | None = None, **section: Any) -> Rtfocus2Task:
     """Return a small task whose labels depend on what its patches show."""
     optics = OpticalSystem(
         0.36, 451.0, 0.65, aberrations=Aberrations(spherical_waves=-0.38)
     )
-    small = Rtfocus2Section(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), **section)
+    sizes = {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}
+    small = Rtfocus2Section(**{**sizes, **section})
     recipe = Rtfocus2Recipe(
         pairs=PairsRecipe(reference=optics, patch_px=96, batch_patches=6, planes=3),
         pool=PoolRecipe(entries=1, side_px=216),
@@ -154,6 +154,27 @@ def test_a_network_learned_from_looks_twice_where_no_defocus_is_told():
     told = {name: tensor[1::2] for name, tensor in tensors.items()}
     all_told = in_the_mean([network], told, 8, FOUND)["shares"]
     torch.testing.assert_close(all_told, once[1::2])
+
+
+def test_a_network_learned_from_may_be_of_another_size(tmp_path):
+    wider = small_task(widths=(16, 8, 16, 24), depths=(1, 2, 1, 1))
+    torch.nn.init.constant_(wider.network.correction.bias, 0.1)
+    state = {"average": wider.network.state_dict()}
+    save_checkpoint(first := tmp_path / "first.pt", wider.recipe, state)
+    task = small_task(orientations=8, learned_from=first)
+    task.begin()
+    tensors = torch.rand(2, 1, 144, 144), torch.zeros(2, 6)
+    with torch.no_grad():
+        for made, wanted in zip(
+            task._known[0](*tensors), wider.network(*tensors), strict=True
+        ):
+            torch.testing.assert_close(made, wanted)
+    # What learns keeps its size, and is not begun with weights of another.
+    assert task.network.stem.out_channels != wider.network.stem.out_channels
+    with pytest.raises(ConfigError, match="network 'rtfocus_2' as the recipe") as e:
+        start_from(task, first)
+    assert "size mismatch" in str(e.value)
+    assert len(str(e.value)) < 450
 
 
 @pytest.mark.parametrize("looks", [1, 2])

@@ -15,8 +15,7 @@ rtfocus-2, for microscopes nobody has described, goes on from weights of the fir
 
 - *sampling may be hidden*: a flag says whether it is told. Where it is not, levels are
   those of the reference optics that blur over as many pixels: all that an image tells.
-- *doubt*: how much of the correction is applied is learned from the restoration itself,
-  beside the labels, which can be overruled on what was never seen.
+- *doubt*: how much is applied is learned from the restoration, beside the labels.
 - *no BatchNorm*: unlike kinds in a batch would spoil its statistics.
 - *decibels*: sharp stays so to a thousandth, dim images weigh as much as bright ones.
 """
@@ -41,6 +40,7 @@ from rtfocus.training.layers import (
     around,
     charbonnier,
     double,
+    encoder_sizes,
     fold_batch_norm,
     label_loss,
     learned,
@@ -64,7 +64,6 @@ from rtfocus.training.task import (
 )
 
 Floats = NDArray[np.float32]
-
 CONDITION = (
     "sampling",
     "spherical_waves",
@@ -79,9 +78,7 @@ EVIDENCE = 128
 LABELS: tuple[int | str, ...] = (*range(-FARTHEST, FARTHEST + 1), "bg")
 """Label of every output: signed defocus levels, then background."""
 
-_FOCUS = LABELS.index(0)
-_HIDDEN = 64
-_HEAD = 12
+_HIDDEN, _HEAD = 64, 12
 
 
 class Rtfocus1(nn.Module):
@@ -173,7 +170,7 @@ class Rtfocus1(nn.Module):
         del features
         logits = self.label(around(evidence))
         shares: Tensor = logits.float().softmax(dim=1)
-        idle = shares[:, _FOCUS] + shares[:, -1]
+        idle = shares[:, LABELS.index(0)] + shares[:, -1]
         return (1 - idle)[:, None].to(logits.dtype)
 
 
@@ -219,6 +216,10 @@ class Rtfocus1Task(PairTask[PairRecipe]):
         self.settings = getattr(recipe, recipe.network)
         self.network = self.network_class(self.settings.widths, self.settings.depths)
 
+    def take_size(self, weights: Mapping[str, Tensor]) -> None:
+        """Become as wide and deep as weights are."""
+        self.network = self.network_class(*encoder_sizes(weights))
+
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make pairs, with labels per tile and a condition that hides at random."""
         made = self.source.batch(step, draw)
@@ -234,8 +235,8 @@ class Rtfocus1Task(PairTask[PairRecipe]):
         image = self.image_loss(restored.float() - sharp)
         labels = self.labels_loss(logits.float(), tensors)
         gained = gain_db(blurred, restored.float(), sharp)
-        shown = {"image": image, "labels": labels, "gain_db": gained}
-        return image + self.settings.label_weight * labels, shown
+        loss = image + self.settings.label_weight * labels
+        return loss, {"image": image, "labels": labels, "gain_db": gained}
 
     def image_loss(self, error: Tensor) -> Tensor:
         """Return what errors of shape (N, 1, y, x) cost."""
@@ -302,8 +303,7 @@ _FOUND = CONDITION.index("defocus_levels"), CONDITION.index("defocus_known")
 _LEAST_SHARE = 1e-3
 _GATE = ("look.", "doubt.", "trust")
 _IMAGE = ("up.", "modulate_up.", "decoder.", "head.", "correction.")
-# How names of weights that learn begin.
-_LEARNING = {"all": ("",), "gate": _GATE, "image": _IMAGE, "both": _GATE + _IMAGE}
+_TRAINED = {"all": ("",), "gate": _GATE, "image": _IMAGE, "both": _GATE + _IMAGE}
 # Squared error, as a share of the range, below which decibels do not count: 50 dB.
 _ENOUGH = 1e-5
 
@@ -346,7 +346,7 @@ class Rtfocus2Section(Rtfocus1Section):
     orientations: Annotated[int, Field(ge=0, le=8)] = 0
     """Not 0: not the truth is learned, but what a network makes in their mean."""
     learned_from: Path | tuple[Path, ...] | None = None
-    """Checkpoints or engine folders of networks in turns; None: ``start_from``."""
+    """Checkpoints or engines, of any size, in turns; None: ``start_from``."""
     learned_looks: Annotated[int, Field(ge=1, le=2)] = 1
     """2: those see a patch twice, see ``second_look_share``."""
     told_from: tuple[Path, ...] = ()
@@ -372,7 +372,7 @@ class Rtfocus2Task(Rtfocus1Task):
     def __init__(self, recipe: Rtfocus2Recipe) -> None:
         super().__init__(recipe)
         for name, weights in self.network.named_parameters():
-            weights.requires_grad_(name.startswith(_LEARNING[self.settings.trained]))
+            weights.requires_grad_(name.startswith(_TRAINED[self.settings.trained]))
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make pairs, and say which are looked at twice."""
