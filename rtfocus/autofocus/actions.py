@@ -23,6 +23,7 @@ from rtfocus.autofocus.execution import Verdict
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.hold import Holder, Key, seen_by
 from rtfocus.autofocus.plans import (
+    PlacesFound,
     Site,
     autofocus_plan,
     begin_anew,
@@ -52,13 +53,7 @@ class FocusActions(MDAEngine):
 
     def setup_sequence(self, sequence: useq.MDASequence) -> SummaryMetaV1 | None:
         """Forget the corrections of the plan before."""
-        self._corrections: dict[Key, float] = {}
-        self._beside_um: dict[Key, float] = {}
-        self._newest: dict[int | None, Key] = {}
-        self._newest_of_all: Key | None = None
-        self._verdicts: dict[Key, dict[str, Any]] = {}
-        self._unfocused: set[Key] = set()
-        self._sites: dict[Key, Site] = {}
+        self._found = PlacesFound()
         self._begun: dict[Key, Hashable] = {}
         self._not_before: dict[Key, int] = {}
         self.focuser.begin_plan()
@@ -100,10 +95,10 @@ class FocusActions(MDAEngine):
         if is_autofocus(event):
             self._go_to_focus_image(self._focus_image(event))
             return
-        found_by = self._searched(event)
+        found_by = self._found.holding_for(event)
         skips = self.focuser.config.on_failure == "skip"
-        if found_by is not None and skips and found_by in self._unfocused:
-            reason = self._verdicts.get(found_by, {}).get("reason", "canceled")
+        if found_by is not None and skips and found_by in self._found.unfocused:
+            reason = self._found.verdicts.get(found_by, {}).get("reason", "canceled")
             core_logger.warning(
                 "Failed to set focus, images are skipped (autofocus.on_failure): %s",
                 unfocused(found_by, reason),
@@ -122,61 +117,36 @@ class FocusActions(MDAEngine):
         if not is_autofocus(event):
             yield from super().exec_event(event)
             return
-        key = key_of(event)
+        key = self._found.search(event)
         event = self._focus_image(event)
-        self._newest[key[0]] = self._newest_of_all = key
-        beside_um = getattr(event.action, "autofocus_motor_offset", None)
-        self._beside_um[key] = beside_um or 0.0
         try:
             verdict = self._focus(key, self._most_searches(event), event)
         except KeyboardInterrupt:
             interrupt_at_end(self.mmcore.mda)
             return
-        self._unfocused.add(key)
+        self._found.unfocused.add(key)
         if verdict is not None:
             if verdict.focused:
-                self._unfocused.discard(key)
+                self._found.unfocused.discard(key)
             self._take_over(verdict, event, key)
 
-    def _added_um(self, event: useq.MDAEvent, found_by: Key | None) -> float:
-        """Return what is added to the planned z of an event, see `_searched`."""
+    def _added_um(self, event: useq.MDAEvent) -> float:
+        """Return what is added to the planned z of an event."""
         offsets = self.focuser.config.channel_offsets_um
         channel = event.channel.config if event.channel is not None else ""
-        return self._found_um(event, found_by) + offsets.get(channel, 0.0)
+        return self._found.found_um(event) + offsets.get(channel, 0.0)
 
     def z_um(self, event: useq.MDAEvent) -> float | None:
         """Return where the stage is sent for an event; None: nowhere."""
         if event.z_pos is None:
             return None
         planned_um = event.z_pos + self._others_um(event)
-        added_um = self._added_um(event, self._searched(event))
+        added_um = self._added_um(event)
         return self.focuser.corrected(planned_um, added_um)
 
     def _others_um(self, event: useq.MDAEvent) -> float:
         """Return the correction of another focus device, asked by the stock engine."""
         return self._z_correction.get(event.index.get("p"), 0.0)
-
-    def _found_um(self, event: useq.MDAEvent, found_by: Key | None) -> float:
-        """Return how far from its planned z an event's place was found to be."""
-        if found_by is None:
-            return self._corrections.get(key_of(event), 0.0)
-        beside_um = 0.0 if is_autofocus(event) else self._beside_um.get(found_by, 0.0)
-        return self._corrections.get(found_by, 0.0) + beside_um
-
-    def _searched(self, event: useq.MDAEvent) -> Key | None:
-        """Return the place whose search holds for an event; None: none does.
-
-        A plan that focuses once a position means all its tiles, and one that focuses
-        once a time point means all its positions.
-        """
-        key = key_of(event)
-        if key in self._verdicts or key in self._unfocused:
-            return key
-        if key[0] in self._newest:
-            return self._newest[key[0]]
-        plan = autofocus_plan(event)
-        is_for_all = plan is not None and not {"p", "g"} & set(plan.axes)
-        return self._newest_of_all if is_for_all else None
 
     def _most_searches(self, event: useq.MDAEvent) -> int:
         """Return how often a search that failed is tried in all."""
@@ -197,10 +167,10 @@ class FocusActions(MDAEngine):
         meta = super().get_frame_metadata(
             event, prop_values, runner_time_ms, include_position, camera_device
         )
-        found_by = self._searched(event)
-        note: dict[str, Any] = {"correction_um": self._added_um(event, found_by)}
-        if found_by is not None and found_by in self._verdicts:
-            note["autofocus"] = self._verdicts[found_by]
+        note: dict[str, Any] = {"correction_um": self._added_um(event)}
+        found_by = self._found.holding_for(event)
+        if found_by is not None and found_by in self._found.verdicts:
+            note["autofocus"] = self._found.verdicts[found_by]
         if lines := self.focus_notes():
             note["focus_log"] = lines
         extra: dict[str, Any] = {**meta.get("extra", {})}
@@ -233,12 +203,13 @@ class FocusActions(MDAEngine):
         """Set up what the images that tell focus need, as an image of the plan is."""
         # A place that nobody has seen is likely to lie on the plate's surface.
         key = key_of(event)
-        if key not in self._corrections:
+        if key not in self._found.off_um:
             known = [(s.x_um, s.y_um, s.off_um) for s in self._heights(event)]
             if known:
-                self._corrections[key] = surface_at(known, event.x_pos, event.y_pos)
+                off_um = surface_at(known, event.x_pos, event.y_pos)
             else:
-                self._corrections[key] = self._found_um(event, self._searched(event))
+                off_um = self._found.found_um(event)
+            self._found.off_um[key] = off_um
         super().setup_event(event)
 
     def _heights(self, event: useq.MDAEvent) -> list[Site]:
@@ -247,8 +218,8 @@ class FocusActions(MDAEngine):
             return []
         now_s = RUN_CLOCK.now_s()
         found = []
-        for key, site in self._sites.items():
-            off_um = self._corrections.get(key, 0.0)
+        for key, site in self._found.sites.items():
+            off_um = self._found.off_um.get(key, 0.0)
             if self.holder is not None and self.holder.knows(site.place):
                 off_um = self.holder.focus_um(site.place, now_s) - site.planned_um
             found.append(site._replace(off_um=off_um))
@@ -257,10 +228,10 @@ class FocusActions(MDAEngine):
     def _take_over(self, verdict: Verdict, event: useq.MDAEvent, key: Key) -> None:
         """Take over what a search found; `event` is that of its images."""
         self._correct_to(verdict.end_um, event, key)
-        self._verdicts[key] = verdict.summary()
+        self._found.verdicts[key] = verdict.summary()
         if verdict.focused and event.z_pos is not None:
             place, _ = self.place(event)
-            self._sites[key] = Site(
+            self._found.sites[key] = Site(
                 event.x_pos or 0.0, event.y_pos or 0.0, event.z_pos, 0.0, place
             )
             if self.holder is not None:
@@ -272,9 +243,8 @@ class FocusActions(MDAEngine):
         """Let a place's correction lead to where the stage stands now."""
         if event.z_pos is None:
             return
-        added_um = self._added_um(event, self._searched(event))
-        sent_um = event.z_pos + self._others_um(event) + added_um
-        self._corrections[key] = self._corrections.get(key, 0.0) + z_um - sent_um
+        sent_um = event.z_pos + self._others_um(event) + self._added_um(event)
+        self._found.add(key, z_um - sent_um)
 
     def _focus(self, key: Key, searches: int, event: useq.MDAEvent) -> Verdict | None:
         """Search up to so many times; None: it could not even be tried."""
@@ -310,7 +280,7 @@ class FocusActions(MDAEngine):
         self._warn(place, str(error))
         self.focuser.journal.write("failure", p=place[0], g=place[1], reason=str(error))
         self.focuser.tell(f"autofocus failed: {error}")
-        self._verdicts[key] = {"focused": False, "reason": str(error)}
+        self._found.verdicts[key] = {"focused": False, "reason": str(error)}
         with suppress(MicroscopeError):  # a stage that does not even answer
             self._correct_to(self.focuser.stage().position_um(), event, key)
 
@@ -347,7 +317,7 @@ class FocusActions(MDAEngine):
         now_ns = RUN_CLOCK.now_ns()
         step_um = holder.correction_um(place, now_ns / 1e9, now_ns)
         if step_um:
-            self._corrections[key] = self._corrections.get(key, 0.0) + step_um
+            self._found.add(key, step_um)
 
     def _find(self, event: useq.MDAEvent, key: Key, place: Key) -> None:
         """Search a place that is held for the first time, or was lost."""

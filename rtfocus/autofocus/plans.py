@@ -1,13 +1,14 @@
 """Plans: what a config and a useq plan ask of focus: limits, rules, places and light.
 
-And the surface through the places that were focused, on which others are likely to lie.
+And what was found at the places of a plan: which search holds for an event, and the
+surface through those in focus, on which others are likely to lie.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -358,3 +359,59 @@ def surface_at(
     slope = np.linalg.lstsq(places, height - height.mean(), rcond=1e-6)[0]
     away = np.array([x_um or 0.0, y_um or 0.0]) - centre
     return float(height.mean() + away @ slope)
+
+
+class PlacesFound:
+    """What the searches of a plan found, by place, and for which events each holds."""
+
+    def __init__(self) -> None:
+        self.off_um: dict[Key, float] = {}
+        """How far from its planned z the focus of a place lies; also guesses."""
+        self.verdicts: dict[Key, dict[str, Any]] = {}
+        """How the newest search of each place ended."""
+        self.unfocused: set[Key] = set()
+        """Places whose newest search failed, or could not even be tried."""
+        self.sites: dict[Key, Site] = {}
+        """Places in focus, for the plate's surface."""
+        self._beside_um: dict[Key, float] = {}
+        self._newest: dict[int | None, Key] = {}
+        """The place searched last, by position."""
+        self._newest_of_all: Key | None = None
+
+    def search(self, event: useq.MDAEvent) -> Key:
+        """Begin the search that an event asks for; return its place."""
+        key = key_of(event)
+        self._newest[key[0]] = self._newest_of_all = key
+        beside_um = getattr(event.action, "autofocus_motor_offset", None)
+        self._beside_um[key] = beside_um or 0.0
+        return key
+
+    def holding_for(self, event: useq.MDAEvent) -> Key | None:
+        """Return the place whose search holds for an event; None: none does.
+
+        A plan that focuses once a position means all its tiles, and one that focuses
+        once a time point means all its positions.
+        """
+        key = key_of(event)
+        if key in self.verdicts or key in self.unfocused:
+            return key
+        if key[0] in self._newest:
+            return self._newest[key[0]]
+        plan = autofocus_plan(event)
+        is_for_all = plan is not None and not {"p", "g"} & set(plan.axes)
+        return self._newest_of_all if is_for_all else None
+
+    def found_um(self, event: useq.MDAEvent) -> float:
+        """Return how far from its planned z an event's place was found to be.
+
+        With a plan's ``autofocus_motor_offset``, but for images that tell focus.
+        """
+        found_by = self.holding_for(event)
+        if found_by is None:
+            return self.off_um.get(key_of(event), 0.0)
+        beside_um = 0.0 if is_autofocus(event) else self._beside_um.get(found_by, 0.0)
+        return self.off_um.get(found_by, 0.0) + beside_um
+
+    def add(self, key: Key, off_um: float) -> None:
+        """Add to what a place is off."""
+        self.off_um[key] = self.off_um.get(key, 0.0) + off_um
