@@ -34,9 +34,9 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, load_config
 from rtfocus.errors import ConfigError, TransportError
 from rtfocus.frame import Act, Estimate, FocusReading
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.microscope.engine import RecordingEngine, SequenceEngine
 from rtfocus.offline import ImageProcessor
-from rtfocus.workers import RUN_CLOCK
 
 _NOTE_NS = 500_000_000
 MOST_REQUESTS = 8

@@ -26,8 +26,9 @@ from rtfocus.autofocus.plans import unfocused
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError, TransportError
 from rtfocus.focusing import FocusEngine, Focusing, LoopActions
 from rtfocus.frame import Estimate, FocusReading
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.microscope.mda import FollowedAcquisition
-from rtfocus.workers import RUN_CLOCK, Newest
+from rtfocus.workers import Newest
 
 _HERE = (0, None)
 """The one place that is held without a plan."""

@@ -23,6 +23,7 @@ from rtfocus.frame import (
     SeriesStart,
     Slot,
 )
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.metrics import Accounting, StageTimes
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.transport.messages import is_json
@@ -32,7 +33,7 @@ from rtfocus.transport.viewer import (
     in_words,
     requests_refused,
 )
-from rtfocus.workers import RUN_CLOCK, BoundedQueue
+from rtfocus.workers import BoundedQueue
 
 RATE_WINDOW_S = 5.0
 """Frames/s are those of the last few seconds, so that a stall shows at once."""

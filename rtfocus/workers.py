@@ -37,64 +37,6 @@ class AbortedError(Exception):
     """The run is being discarded; never reaches the user."""
 
 
-class RunClock:
-    """Unix time that goes on evenly, whoever sets the machine's clock meanwhile.
-
-    Images are told apart and dated by it, drifts are followed by it: one that leaps by
-    an hour would send the stage away. It is the machine's clock while that goes evenly.
-    """
-
-    _SET_NS = 100_000_000
-    """The machine's clock has been set if it is further off than clocks go apart."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> int:
-        """Go by the machine's clock as it is now, which is returned: a run begins."""
-        now_ns = time.time_ns()
-        self._zero_ns = now_ns - _counted_ns()
-        return now_ns
-
-    def now_ns(self) -> int:
-        """Return the time."""
-        told_ns, counted_ns = self.told_ns(), _counted_ns()
-        even_ns = self._zero_ns + counted_ns
-        if abs(told_ns - even_ns) > self._SET_NS:
-            return even_ns
-        self._zero_ns = told_ns - counted_ns
-        return told_ns
-
-    def told_ns(self) -> int:
-        """Return the machine's clock, whoever set it, counted on from its last tick."""
-        told_ns = time.time_ns()
-        since_ns = self._zero_ns + _counted_ns() - told_ns
-        return told_ns + since_ns if 0 < since_ns <= _TICK_NS else told_ns
-
-    def at_ns(self, counted_ns: int) -> int:
-        """Return the time of a reading of ``time.perf_counter_ns``."""
-        return self.now_ns() - (time.perf_counter_ns() - counted_ns)
-
-    def now_s(self) -> float:
-        """Return the time in seconds."""
-        return self.now_ns() / 1e9
-
-
-def _counted_ns() -> int:
-    """Count on while the machine sleeps, too, where a system tells."""
-    if sys.platform == "win32":
-        return time.perf_counter_ns()
-    else:
-        clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-        return time.clock_gettime_ns(clock)
-
-
-_TICK_NS = int(1e9 * time.get_clock_info("time").resolution)
-"""Up to Python 3.12 Windows' clock stands still for 16 ms, and its monotonic one."""
-RUN_CLOCK = RunClock()
-"""Of this process; restarted by each series."""
-
-
 class Wait:
     """Seconds of a wait, as its waiter lived through them.
 

@@ -39,7 +39,7 @@ from rtfocus.autofocus.plans import (
     unfocused,
 )
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
-from rtfocus.workers import RUN_CLOCK
+from rtfocus.machine import RUN_CLOCK
 
 _TRY_AGAIN = 10
 """Visits before a place where focus was not found is searched again."""

@@ -26,7 +26,8 @@ from rtfocus.frame import (
     SeriesStart,
     TileGrid,
 )
-from rtfocus.workers import RUN_CLOCK, TimeShare
+from rtfocus.machine import RUN_CLOCK
+from rtfocus.workers import TimeShare
 
 Floats = NDArray[np.float64]
 FocusRegion = tuple[int, int, int, int]

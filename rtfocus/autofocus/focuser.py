@@ -53,7 +53,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config.model import AutofocusConfig
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FocusReading
-from rtfocus.workers import RUN_CLOCK
+from rtfocus.machine import RUN_CLOCK
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,9 @@ from rtfocus.cli.runs import print_report
 from rtfocus.config import Config
 from rtfocus.config.sections import ReplayConfig
 from rtfocus.errors import ConfigError, ExitCode, InputError, RtfocusError
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.transport.sockets import is_local
-from rtfocus.workers import RUN_CLOCK, in_steps
+from rtfocus.workers import in_steps
 
 if TYPE_CHECKING:
     from rtfocus.transport.preview import PreviewPublisher

@@ -15,6 +15,7 @@ from rtfocus.config import Config
 from rtfocus.config.sections import LiveConfig, ReplayConfig
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import FrameHeader, Role, SeriesStart
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.metrics import CANCELED, COMPLETED
 from rtfocus.microscope.core import open_core
 from rtfocus.microscope.delivery import (
@@ -43,7 +44,6 @@ from rtfocus.microscope.series import (
     warn_of_silent_stage,
     with_field_of_view,
 )
-from rtfocus.workers import RUN_CLOCK
 
 # Micro-Manager's own word for "without end".
 _ENDLESS = 2**31 - 1

@@ -17,6 +17,7 @@ from pymmcore_plus.mda import MDARunner
 from rtfocus.config import Config
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 from rtfocus.frame import FrameHeader, Role
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.metrics import CANCELED, COMPLETED
 from rtfocus.microscope.delivery import (
     AcquisitionReport,
@@ -40,7 +41,7 @@ from rtfocus.microscope.series import (
     describe_series,
     warn_of_silent_stage,
 )
-from rtfocus.workers import RUN_CLOCK, acting_when
+from rtfocus.workers import acting_when
 
 
 class PlannedAcquisition:

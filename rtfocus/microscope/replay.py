@@ -19,6 +19,7 @@ from rtfocus.errors import InputError, number_of
 from rtfocus.frame import PROTOCOL_VERSION, FrameHeader, Position, SeriesStart
 from rtfocus.images.reading import find_images
 from rtfocus.images.series import ImageSeries
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.metrics import CANCELED, COMPLETED
 from rtfocus.microscope.delivery import (
     AcquisitionReport,
@@ -28,7 +29,6 @@ from rtfocus.microscope.delivery import (
     Observations,
 )
 from rtfocus.microscope.series import find_pixel_size_um
-from rtfocus.workers import RUN_CLOCK
 
 # Files may state one size with different numbers of digits.
 _SIZE_DIGITS = 3

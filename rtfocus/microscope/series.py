@@ -24,10 +24,10 @@ from rtfocus.channel import Channel
 from rtfocus.config import Config
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.microscope.plan import AcquisitionPlan
 from rtfocus.microscope.sequence import refuse_too_many
 from rtfocus.microscope.virtual_devices import BIT_DEPTH
-from rtfocus.workers import RUN_CLOCK
 
 
 def summary_json(summary: Mapping[str, Any] | None) -> dict[str, Any]:

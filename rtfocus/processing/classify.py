@@ -33,13 +33,13 @@ from rtfocus.engines.card import (
 from rtfocus.engines.registry import FrameFit, parts, step_um
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap, Estimate, FrameHeader, TileGrid
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.optics.normalisation import (
     CELL_PX,
     ContrastToNoise,
     LocalStandardisation,
     PercentileRange,
 )
-from rtfocus.workers import RUN_CLOCK
 
 Image = NDArray[np.float32]
 

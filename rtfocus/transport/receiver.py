@@ -17,6 +17,7 @@ import zmq
 from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import ProtocolError, TransportError
 from rtfocus.frame import Act, Estimate, SeriesEnd, SeriesStart, Slot, SlotPool
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages as m
 from rtfocus.transport.dialogue import Dialogue
@@ -42,7 +43,7 @@ from rtfocus.transport.sockets import (
     frames_client,
     nobody_listens,
 )
-from rtfocus.workers import RUN_CLOCK, Newest, Wait
+from rtfocus.workers import Newest, Wait
 
 _LOOK_S = 0.1
 """How often a waiting call looks for a stop or a deadline."""

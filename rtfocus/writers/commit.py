@@ -20,9 +20,8 @@ import msgspec
 
 from rtfocus.errors import FREE_SPACE, BusyError, WriterError, remedy
 from rtfocus.frame import Slot
-from rtfocus.machine import free_bytes
+from rtfocus.machine import RUN_CLOCK, free_bytes
 from rtfocus.metrics import Accounting
-from rtfocus.workers import RUN_CLOCK
 from rtfocus.writers.arrays import Commit
 from rtfocus.writers.folder import RunLock
 from rtfocus.writers.header import REJECTED_NAME, REPORT_NAME, write_json

@@ -20,9 +20,8 @@ from typing import Any
 from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import beside
 from rtfocus.frame import FrameResult, SeriesEnd, SeriesStart, Slot, TileGrid
-from rtfocus.machine import DiskWatch
+from rtfocus.machine import RUN_CLOCK, DiskWatch
 from rtfocus.metrics import Accounting
-from rtfocus.workers import RUN_CLOCK
 from rtfocus.writers.arrays import Commit, RunImages
 from rtfocus.writers.commit import Bookkeeping, CommitQueue, Entry, Tally, WriterStatus
 from rtfocus.writers.finish import finish_run

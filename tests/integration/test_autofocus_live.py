@@ -25,10 +25,10 @@ from rtfocus.files import resource_folder
 from rtfocus.focusing import EstimateInbox, Focusing, LocalReader, focus
 from rtfocus.holding import LiveHold, estimate_of
 from rtfocus.launch import on_free_ports
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.microscope import virtual_devices
 from rtfocus.microscope.core import open_core
 from rtfocus.microscope.delivery import age_ns
-from rtfocus.workers import RUN_CLOCK
 
 UNIT_UM = 0.451 / 0.36**2
 

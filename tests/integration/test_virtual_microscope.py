@@ -14,6 +14,7 @@ from rtfocus.channel import OpticalSystem
 from rtfocus.config.loading import parse_config
 from rtfocus.config.sections import VirtualMicroscopeConfig
 from rtfocus.errors import ConfigError, MicroscopeError
+from rtfocus.machine import RUN_CLOCK
 from rtfocus.microscope.acquisition import acquire
 from rtfocus.microscope.core import bare_core, open_core
 from rtfocus.microscope.engine import RecordingEngine
@@ -23,7 +24,6 @@ from rtfocus.microscope.virtual_devices import (
     load_virtual_microscope,
 )
 from rtfocus.microscope.virtual_specimen import VirtualSpecimen
-from rtfocus.workers import RUN_CLOCK
 
 PLAN = {
     "axis_order": "tpcz",

@@ -48,7 +48,7 @@ def test_no_module_sets_a_name_twice() -> None:
 
 
 _READ_THE_CLOCK = {
-    "rtfocus.workers",  # keeps the run's own
+    "rtfocus.machine",  # keeps the run's own
     # What people read, and a wait that a clock that leaps cuts short.
     "rtfocus.batch.plan",
     "rtfocus.evaluation.scorecard",

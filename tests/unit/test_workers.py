@@ -3,8 +3,6 @@
 import multiprocessing
 import signal
 import threading
-import time
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +13,6 @@ from rtfocus.workers import (
     BoundedQueue,
     Newest,
     Pipeline,
-    RunClock,
     TimeShare,
     Wait,
     Worker,
@@ -180,56 +177,3 @@ def test_a_process_started_undisturbed_is_deaf_to_ctrl_c_at_once() -> None:
     started.join(60)
     assert started.exitcode == 0
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-
-@pytest.mark.parametrize("hours", [1, -1])
-def test_whoever_sets_the_clock_amid_a_run_changes_no_time_of_it(
-    hours: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock, told = RunClock(), time.time_ns
-    begun_ns, read_ns = clock.now_ns(), time.perf_counter_ns()
-    set_by_ns = hours * 3600 * 10**9
-    monkeypatch.setattr(time, "time_ns", lambda: told() + set_by_ns)
-    assert 0 <= clock.now_ns() - begun_ns < 60e9
-    assert abs(clock.at_ns(read_ns) - begun_ns) < 1e9
-    assert clock.now_s() == pytest.approx(clock.now_ns() / 1e9, abs=1.0)
-    # The next run is dated by the clock as it is then.
-    assert abs(clock.restart() - begun_ns - set_by_ns) < 60e9
-    assert abs(clock.now_ns() - begun_ns - set_by_ns) < 60e9
-
-
-def test_the_machines_clock_is_followed_while_it_goes_evenly(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock, told, off_ns = RunClock(), time.time_ns, 0
-    monkeypatch.setattr(time, "time_ns", lambda: told() + off_ns)
-    for _ in range(10):
-        # As a counter of time that runs 50 ms ahead from one image to the next.
-        off_ns += 50_000_000
-        clock.now_ns()
-    assert abs(clock.now_ns() - time.time_ns()) < 50_000_000
-
-
-def test_a_clock_that_stands_still_for_16_ms_is_counted_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As Windows' does, up to Python 3.12."""
-    tick_ns, begun_ns, since_ns = 15_625_000, 1_700_000_000_123_456_789, 0
-    monkeypatch.setattr("rtfocus.workers._TICK_NS", tick_ns)
-    monkeypatch.setattr("rtfocus.workers._counted_ns", lambda: since_ns)
-    told = {"set_by_ns": 0}
-
-    def time_ns() -> int:
-        return (begun_ns + since_ns) // tick_ns * tick_ns + told["set_by_ns"]
-
-    monkeypatch.setattr(time, "time_ns", time_ns)
-    clock, late_ns = RunClock(), []
-    for _ in range(200):
-        since_ns += 1_000_000
-        assert clock.now_ns() == clock.told_ns()
-        late_ns.append(begun_ns + since_ns - clock.now_ns())
-    # From its first tick on; never in the future, and never behind by a step more.
-    assert 0 <= min(late_ns[16:]) <= max(late_ns[16:]) < 1_000_000
-    assert all(now <= before for before, now in pairwise(late_ns))
-    told["set_by_ns"] = 3600 * 10**9
-    assert clock.told_ns() - clock.now_ns() > 3599 * 10**9
