@@ -20,9 +20,7 @@ from rtfocus.autofocus.policy import (
     Decision,
     GiveUp,
     Limits,
-    Move,
     MoveRule,
-    Probe,
     Stay,
     path_of,
 )
@@ -352,14 +350,86 @@ def run_search(
         What `search`, `look` or `stage` raise; the stage was sent to the best z that
         was seen.
     """
+    watch = _Watch(timeout_s, is_canceled, clock)
     steps: list[Step] = []
     try:
-        return _run(search, stage, look, steps, timeout_s, on_step, is_canceled, clock)
+        start_um = here_um = stage.position_um()
+        moves = 0
+        while True:
+            reading = look(here_um)
+            search.observe(here_um, reading)
+            decision = search.decide()
+            best = None if search.belief.is_empty else search.belief.best
+            decision = watch.allowed(search, decision, best, here_um)
+            step = Step(
+                z_um=here_um,
+                reading=reading,
+                decision=decision,
+                belief_um=None if best is None else best.mean_um,
+                belief_sd_um=None if best is None else best.sd_um,
+                seconds=watch.seconds(),
+            )
+            steps.append(step)
+            on_step(step)
+            path = path_of(decision, here_um, search.moves)
+            for stop_um in path:
+                stage.go_to(stop_um)
+            moves += bool(path)
+            if isinstance(decision, Stay | GiveUp):
+                break
+            here_um = stage.position_um()
     except BaseException:  # Ctrl-C too: nobody comes back to where a probe led
         if steps:
             with suppress(MicroscopeError):
                 _go_to_best(search, stage, steps[-1].z_um)
         raise
+    end_um = path[-1] if path else here_um
+    return Verdict(
+        focused=isinstance(decision, Stay),
+        reason=decision.reason,
+        start_um=start_um if isfinite(start_um) else end_um,
+        end_um=end_um,
+        images=len(steps),
+        moves=moves,
+        seconds=watch.seconds(),
+        notes=tuple(search.notes),
+        steps=tuple(steps),
+    )
+
+
+class _Watch:
+    """Ends a search that makes no progress, or that nobody wants any more."""
+
+    def __init__(
+        self,
+        timeout_s: float,
+        is_canceled: Callable[[], bool],
+        clock: Callable[[], float],
+    ) -> None:
+        self._timeout_s, self._is_canceled, self._clock = timeout_s, is_canceled, clock
+        self._began_s = self._progress_s = clock()
+        self._nearest_um = float("inf")
+
+    def seconds(self) -> float:
+        """Return how long the search has lasted."""
+        return self._clock() - self._began_s
+
+    def allowed(
+        self, search: Search, decision: Decision, best: Mode | None, here_um: float
+    ) -> Decision:
+        """Return a decision, or the end of the search in its place.
+
+        Coming nearer to where focus is believed to be, `best`, is progress.
+        """
+        if best is not None and abs(best.mean_um - here_um) < self._nearest_um:
+            self._nearest_um = abs(best.mean_um - here_um)
+            self._progress_s = self._clock()
+        is_late = self._clock() - self._progress_s > self._timeout_s
+        if isinstance(decision, Stay | GiveUp):
+            return decision
+        if is_late:
+            return search.give_up(f"no progress for {self._timeout_s:g} s")
+        return search.give_up("canceled") if self._is_canceled() else decision
 
 
 def _go_to_best(search: Search, stage: FocusStage, looked_at_um: float) -> None:
@@ -369,58 +439,3 @@ def _go_to_best(search: Search, stage: FocusStage, looked_at_um: float) -> None:
     if search.moves.limits.holds(here_um):
         for place in search.moves.path(here_um, best_um):
             stage.go_to(place)
-
-
-def _run(
-    search: Search,
-    stage: FocusStage,
-    look: Callable[[float], FocusReading],
-    steps: list[Step],
-    timeout_s: float,
-    on_step: Callable[[Step], None],
-    is_canceled: Callable[[], bool],
-    clock: Callable[[], float],
-) -> Verdict:
-    began = progress = clock()
-    start = here = stage.position_um()
-    moves, nearest = 0, float("inf")
-    while True:
-        reading = look(here)
-        search.observe(here, reading)
-        decision = search.decide()
-        best = None if search.belief.is_empty else search.belief.best
-        if best is not None and abs(best.mean_um - here) < nearest:
-            nearest, progress = abs(best.mean_um - here), clock()
-        late = clock() - progress > timeout_s
-        if late and isinstance(decision, Move | Probe):
-            decision = search.give_up(f"no progress for {timeout_s:g} s")
-        elif is_canceled() and isinstance(decision, Move | Probe):
-            decision = search.give_up("canceled")
-        step = Step(
-            z_um=here,
-            reading=reading,
-            decision=decision,
-            belief_um=None if best is None else best.mean_um,
-            belief_sd_um=None if best is None else best.sd_um,
-            seconds=clock() - began,
-        )
-        steps.append(step)
-        on_step(step)
-        path = path_of(decision, here, search.moves)
-        for place in path:
-            stage.go_to(place)
-        moves += bool(path)
-        if isinstance(decision, Stay | GiveUp):
-            end = path[-1] if path else here
-            return Verdict(
-                focused=isinstance(decision, Stay),
-                reason=decision.reason,
-                start_um=start if isfinite(start) else end,
-                end_um=end,
-                images=len(steps),
-                moves=moves,
-                seconds=clock() - began,
-                notes=tuple(search.notes),
-                steps=tuple(steps),
-            )
-        here = stage.position_um()
