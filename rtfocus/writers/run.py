@@ -143,15 +143,7 @@ class RunWriter:
         # A process killed before its first frame may have left some of them.
         self._images = RunImages(folder, header, create=True)
         if resumes:
-            if is_damaged(folder, self._tally.plan):
-                mend_journal(folder, header, self._images)
-            for line in journal_lines(folder / JOURNAL_NAME, self._tally.plan):
-                self._tally.add(line)
-                if line["status"] == WRITTEN:
-                    self._taken.take(complete(line["index"]))
-            self._tally.restore(accounting)
-            for reason, number in read_rejected(folder).items():
-                accounting.count("rejected", reason, number)
+            self._take_up()
         self.next_sequence = self._tally.next_sequence
         """First sequence that is not durable: where a resumed run goes on."""
         self._journal = JournalFile(
@@ -301,6 +293,18 @@ class RunWriter:
         self.abort()
 
     # -- inside ---------------------------------------------------------------
+
+    def _take_up(self) -> None:
+        """Count what an earlier process of this run left, a damaged journal mended."""
+        if is_damaged(self.folder, self._tally.plan):
+            mend_journal(self.folder, self._header, self._images)
+        for line in journal_lines(self.folder / JOURNAL_NAME, self._tally.plan):
+            self._tally.add(line)
+            if line["status"] == WRITTEN:
+                self._taken.take(complete(line["index"]))
+        self._tally.restore(self._accounting)
+        for reason, number in read_rejected(self.folder).items():
+            self._accounting.count("rejected", reason, number)
 
     def _store(self, slot: Slot, result: FrameResult | None, error: str | None) -> None:
         """Start the writes of a frame, or journal why it has no place."""
