@@ -292,7 +292,9 @@ def intact_bytes(path: Path) -> int:
 
 
 def read_journal(path: Path) -> Iterator[Line]:
-    """Yield the lines in order; a torn last line is left out.
+    """Yield the lines in order as they are; a torn last line is left out.
+
+    Nothing is asked of them, as `journal_lines` does, but that they are JSON.
 
     Raises
     ------
@@ -304,7 +306,11 @@ def read_journal(path: Path) -> Iterator[Line]:
             for number, text in enumerate(file, start=1):
                 if not text.endswith(b"\n"):
                     return
-                yield _decode(path, number, text)
+                try:
+                    line: Line = msgspec.json.decode(text, type=dict)
+                except (msgspec.DecodeError, RecursionError) as error:
+                    raise _damaged(path, number, error) from error
+                yield line
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -393,11 +399,7 @@ def journal_lines(path: Path, plan: Plan) -> Iterator[Line]:
     """
     for record in scan_journal(path, plan):
         if record.is_damaged:
-            msg = (
-                f"journal '{path}' is damaged in line {record.number}: "
-                f"{record.fault}; run: rtfocus check {path.parent} --repair"
-            )
-            raise WriterError(msg)
+            raise _damaged(path, record.number, record.fault)
         if record.line is not None and not record.is_torn:
             yield record.line
 
@@ -431,16 +433,11 @@ def is_unrestored(line: Line) -> bool:
     return line["status"] == WRITTEN and "restored" not in line["stored"]
 
 
-def _decode(path: Path, number: int, text: bytes) -> Line:
-    try:
-        line: Line = msgspec.json.decode(text, type=dict)
-    except (msgspec.DecodeError, RecursionError) as error:
-        msg = (
-            f"journal '{path}' is damaged in line {number}: {error}; run: "
-            f"rtfocus check {path.parent} --repair"
-        )
-        raise WriterError(msg) from error
-    return line
+def _damaged(path: Path, number: int, fault: object) -> WriterError:
+    return WriterError(
+        f"journal '{path}' is damaged in line {number}: {fault}; run: rtfocus check "
+        f"{path.parent} --repair"
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> WriterError:
