@@ -200,25 +200,7 @@ def _complete(
             continue
         index = complete(line["index"])
         channel = header.series.channels[index["c"]].name
-        result = restore(images.read(RAW, index), channel)
-        if result.restored is None:
-            msg = f"frame {line['sequence']} was not restored: {result.skipped}"
-            raise WriterError(msg)
-        parts = {RESTORED: result.restored, EXPECTED_ERROR: result.expected_error}
-        stored = {n: p for n, p in parts.items() if n in images.names and p is not None}
-        try:
-            for name, pixels in stored.items():
-                images.write(name, index, [pixels]).result()
-        except (OSError, ValueError) as error:
-            msg = f"frame {line['sequence']} cannot be written to '{folder}': {error}"
-            raise WriterError(msg) from error
-        done[plan.flat(index)] = {
-            "stored": [*line["stored"], *stored],
-            "expected_error_counts": result_part(result)["expected_error_counts"],
-            "skipped": None,
-            "engines": result.engines,
-            "completed": True,
-        }
+        done[plan.flat(index)] = _restored(line, channel, folder, images, restore)
         on_frame()
     lines = [
         line | done[plan.flat(complete(line["index"]))] if is_unrestored(line) else line
@@ -230,6 +212,32 @@ def _complete(
         tally.add(line)
     finish_run(folder, header, images, tally, _old_report(folder, len(done)))
     return len(done)
+
+
+def _restored(
+    line: Line, channel: str, folder: Path, images: RunImages, restore: Restore
+) -> Line:
+    """Restore and store the frame of a line; return what the line then says of it."""
+    index = complete(line["index"])
+    result = restore(images.read(RAW, index), channel)
+    if result.restored is None:
+        msg = f"frame {line['sequence']} was not restored: {result.skipped}"
+        raise WriterError(msg)
+    parts = {RESTORED: result.restored, EXPECTED_ERROR: result.expected_error}
+    stored = {n: p for n, p in parts.items() if n in images.names and p is not None}
+    try:
+        for name, pixels in stored.items():
+            images.write(name, index, [pixels]).result()
+    except (OSError, ValueError) as error:
+        msg = f"frame {line['sequence']} cannot be written to '{folder}': {error}"
+        raise WriterError(msg) from error
+    return {
+        "stored": [*line["stored"], *stored],
+        "expected_error_counts": result_part(result)["expected_error_counts"],
+        "skipped": None,
+        "engines": result.engines,
+        "completed": True,
+    }
 
 
 def _old_report(folder: Path, restored: int) -> dict[str, Any]:
