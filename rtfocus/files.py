@@ -140,10 +140,10 @@ def remove(path: Path, patience: Patience = PATIENCE) -> None:
     _clear(gone, patience)
 
 
-def keep(path: Path) -> None:
+def sync(path: Path) -> None:
     """Bring a file, or a folder with all in it, to the disk: a power cut spares it.
 
-    Its name is kept by `keep_names` of the folder it lies in, once it has its place.
+    Its name is synced by `sync_names` of the folder it lies in, once it has its place.
 
     Raises
     ------
@@ -152,13 +152,13 @@ def keep(path: Path) -> None:
     """
     for folder, _, names in os.walk(path):
         for name in names:
-            _flush(Path(folder) / name)
-        keep_names(Path(folder))
+            _sync_file(Path(folder) / name)
+        sync_names(Path(folder))
     if not path.is_dir():
-        _flush(path)
+        _sync_file(path)
 
 
-def keep_names(*folders: Path) -> None:
+def sync_names(*folders: Path) -> None:
     """Bring the names in folders to the disk, where the system has them kept apart."""
     if os.name == "nt":
         return  # NTFS keeps a journal of them, and opens no folder
@@ -171,13 +171,13 @@ def keep_names(*folders: Path) -> None:
                 os.close(handle)
 
 
-def keep_everything() -> None:
+def sync_everything() -> None:
     """Bring what any process wrote so far to the disk, where the system can."""
     if hasattr(os, "sync"):
         os.sync()
 
 
-def _flush(path: Path) -> None:
+def _sync_file(path: Path) -> None:
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 

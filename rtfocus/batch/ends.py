@@ -205,9 +205,9 @@ class Batch:
             store = self._without(plan, failed)
         self._guard.fresh(overwrite=self._overwrite).claim(self.ledger.output)
         if failed:
-            files.keep_everything()
+            files.sync_everything()
         files.replace(store, self.ledger.output)
-        files.keep_names(self.ledger.output.parent)
+        files.sync_names(self.ledger.output.parent)
 
     def _without(self, plan: BatchPlan, failed: set[str]) -> Path:
         """Return a store of the images that were done.
@@ -260,8 +260,8 @@ class Batch:
             # A call that was killed afterwards has written just this.
             if not (target.is_file() and target.read_bytes() == text.encode()):
                 self._guard.write_text(target, text)
-                files.keep(target)
-                files.keep_names(target.parent)
+                files.sync(target)
+                files.sync_names(target.parent)
 
     def _texts(self) -> list[tuple[Path, TextKind]]:
         output, table = self.job.output, self.job.table

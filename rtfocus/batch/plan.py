@@ -278,7 +278,7 @@ class Ledger:
         with files.whole(self.folder / "key", overwrite=True) as part:
             part.write_text(plan.key)
         # A store of many images has more files than can be waited for one by one.
-        files.keep_everything()
+        files.sync_everything()
         self._write(plan)
 
     def holds(self, plan_key: str) -> bool:
@@ -313,8 +313,8 @@ class Ledger:
     def _write(self, plan: BatchPlan) -> None:
         with files.whole(self.folder / "plan.json", overwrite=True) as part:
             part.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=1))
-            files.keep(part)
-        files.keep_names(self.folder)
+            files.sync(part)
+        files.sync_names(self.folder)
 
     def _take_away(self, unit: Unit) -> None:
         """Remove the pixels that a unit has put into the OME-Zarr."""
@@ -423,14 +423,14 @@ class Ledger:
             with writing(target, OutputError):
                 part.write_bytes(msgspec.json.encode(content))
                 if kind == "done":
-                    files.keep(part)
+                    files.sync(part)
         except OutputError:
             with suppress(OSError):
                 part.unlink()
             raise
         files.replace(part, target)
         if kind == "done":
-            files.keep_names(target.parent)
+            files.sync_names(target.parent)
 
     def _unmark(self, unit: Unit, *kinds: str) -> None:
         for kind in kinds:

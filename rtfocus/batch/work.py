@@ -155,7 +155,7 @@ class _Opened:
             group = ledger.store / unit.target
             with writing(group, OutputError), ledger.part(unit) as part:
                 fill_apart(part, group, image)
-                files.keep(part)
+                files.sync(part)
                 self._keep_errors(stated, ledger, unit, series)
                 self._insist(ledger, unit, series)
                 put_in_place(part, group)
@@ -164,10 +164,10 @@ class _Opened:
         target = guard.claim(ledger.output / unit.target, named=not unit.target)
         with guard.whole(target) as part:
             write_tiff(part, [image])
-            files.keep(part)
+            files.sync(part)
             self._keep_errors(stated, ledger, unit, series)
             self._insist(ledger, unit, series)
-        files.keep_names(*_folders(target, ledger.output))
+        files.sync_names(*_folders(target, ledger.output))
         return images.cut()
 
     def close(self) -> None:
@@ -192,8 +192,8 @@ class _Opened:
         with files.whole(place, overwrite=True) as part:
             part.write_bytes(msgspec.json.encode(found))
             self._insist(ledger, unit, series)
-            files.keep(part)
-        files.keep_names(place.parent)
+            files.sync(part)
+        files.sync_names(place.parent)
 
     def _insist(self, ledger: Ledger, unit: Unit, series: ImageSeries) -> None:
         """Refuse to put pixels into a batch that began anew, or is at its end.

@@ -419,4 +419,4 @@ def put_in_place(part: Path, group: Path) -> None:
         except OutputError:
             if not place.exists():
                 raise
-        files.keep_names(array)
+        files.sync_names(array)
