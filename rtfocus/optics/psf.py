@@ -15,10 +15,12 @@ Both give the energy in the whole plane by Parseval, so "99 % of the energy"
 means of all light, not of the window.
 """
 
-from collections.abc import Iterable
-from functools import lru_cache
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
 from itertools import pairwise
 from math import ceil
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,7 +187,7 @@ def compute_psf(
     if size_px is not None and (size_px < 1 or size_px % 2 == 0):
         msg = f"size_px={size_px} has no centre pixel; choose an odd side >= 1"
         raise ValueError(msg)
-    return _cached_psf(system, float(defocus_um), size_px).copy()
+    return KEPT.get(_make_psf, system, float(defocus_um), size_px).copy()
 
 
 def psf_stack(
@@ -214,8 +216,54 @@ def _half_side(psf: Floats, wanted: float) -> int:
     return int(min(np.searchsorted(held, wanted), half))
 
 
-@lru_cache(maxsize=256)
-def _cached_psf(system: OpticalSystem, defocus_um: float, size_px: int | None) -> Image:
+Made = TypeVar("Made", Image, tuple[Floats, ...])
+
+
+class Kept:
+    """Newest results of functions, the least recently used first out.
+
+    Bounded by their bytes, not their number: a PSF far from focus, and what it is
+    computed by, takes a thousand times the memory of one in focus.
+
+    Parameters
+    ----------
+    most_bytes
+        Of all results together; the newest one is kept whatever its size.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._results: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self.held_bytes = 0
+
+    def get(self, make: Callable[..., Made], *key: Hashable) -> Made:
+        """Return ``make(*key)``, made now or before; any thread."""
+        place = (make, *key)
+        with self._lock:
+            if place in self._results:
+                self._results.move_to_end(place)
+                found: Made = self._results[place]
+                return found
+        made = make(*key)
+        with self._lock:
+            if place not in self._results:
+                self._results[place] = made
+                self.held_bytes += _bytes_of(made)
+            while self.held_bytes > self._most_bytes and len(self._results) > 1:
+                self.held_bytes -= _bytes_of(self._results.popitem(last=False)[1])
+        return made
+
+
+def _bytes_of(made: Image | tuple[Floats, ...]) -> int:
+    return sum(part.nbytes for part in (made if isinstance(made, tuple) else (made,)))
+
+
+KEPT = Kept(64 << 20)
+"""PSFs, and the arrays that neighbouring defoci share."""
+
+
+def _make_psf(system: OpticalSystem, defocus_um: float, size_px: int | None) -> Image:
     total_um = defocus_um + system.defocus_offset_um
     oversample = max(_LEAST_SUBPIXELS, ceil(system.sampling / _SUBPIXEL_UNITS))
     if size_px is None:
@@ -268,7 +316,7 @@ def _radial_profile(
     # Rounded up so that neighbouring defoci and apertures share one J0 matrix.
     node_count = 128 * ceil((4.0 * cycles + 32.0) / 128.0)
     knot_count = 256 * ceil((largest * _KNOTS_PER_UNIT + 2.0) / 256.0)
-    nodes, weights, bessel = _bessel_matrix(knot_count, node_count)
+    nodes, weights, bessel = KEPT.get(_bessel_matrix, knot_count, node_count)
     wave = round_pupil(system, total_um, nodes) * weights * nodes
     parts = bessel @ np.stack([wave.real, wave.imag], axis=1)
     fine = _refine(parts, ceil(largest * _FINE_PER_UNIT) + 2)
@@ -305,8 +353,7 @@ def _refine(parts: Floats, count: int) -> Floats:
     return np.stack([fine.real, fine.imag], axis=1)
 
 
-@lru_cache(maxsize=32)
-def _bessel_matrix(knot_count: int, node_count: int) -> tuple[Floats, Floats, Floats]:
+def _bessel_matrix(knot_count: int, node_count: int) -> tuple[Floats, ...]:
     """Nodes and weights on [0, 1] and J0(2 pi v rho), axes (knot, node)."""
     from scipy.special import j0
 
@@ -330,7 +377,8 @@ def _general_psf(
     samples = max(128, 4 * ceil(reach + _TAIL_UNITS))
     pitch = 2.0 / samples
     axis = (np.arange(samples) + 0.5) * pitch - 1.0
-    wave = _edge_weight(samples) * _inside(system, total_um, axis)
+    (edge,) = KEPT.get(_edge_weight, samples)
+    wave = edge * _inside(system, total_um, axis)
     kernel = np.exp(2j * np.pi * np.outer(centre, axis))
     field = kernel @ wave @ kernel.T * pitch**2
     energy = np.sum(np.abs(wave) ** 2) * pitch**2
@@ -346,8 +394,7 @@ def _inside(
     return full_pupil(system, total_um, x * shrink, y * shrink)
 
 
-@lru_cache(maxsize=32)
-def _edge_weight(samples: int) -> Floats:
+def _edge_weight(samples: int) -> tuple[Floats, ...]:
     """Share of each pupil cell inside the aperture; 5 x 5 points per cell."""
     pitch = 2.0 / samples
     axis = (np.arange(samples) + 0.5) * pitch - 1.0
@@ -356,7 +403,7 @@ def _edge_weight(samples: int) -> Floats:
     share = _bin(inside, 5) / 25.0
     # Whoever asks next gets the same array.
     share.flags.writeable = False
-    return share
+    return (share,)
 
 
 def _bin(fine: Floats, factor: int) -> Floats:

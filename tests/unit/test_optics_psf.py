@@ -242,3 +242,43 @@ def test_between_the_knots_lies_the_spline_that_scipy_has(knots):
     count = (knots - 1) * per_knot + 1
     wanted = spline(np.arange(count) / per_knot)
     np.testing.assert_allclose(psf_module._refine(parts, count), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("system", [BBBC006, replace(BBBC006, aberrations=ALL_TERMS)])
+def test_what_is_kept_of_psfs_far_from_focus_is_bounded(system, monkeypatch):
+    kept = psf_module.Kept(1 << 20)
+    monkeypatch.setattr(psf_module, "KEPT", kept)
+    most = 0
+    for defocus_um in range(0, 40, 8):
+        compute_psf(system, defocus_um)
+        held = [
+            sum(part.nbytes for part in (made if isinstance(made, tuple) else (made,)))
+            for made in kept._results.values()
+        ]
+        assert kept.held_bytes == sum(held)
+        most = max(most, kept.held_bytes)
+        assert kept.held_bytes <= 1 << 20 or len(held) == 1
+    assert most > 1 << 19
+
+
+def test_a_psf_is_made_once_while_there_is_room_and_the_newest_always_stays():
+    made = []
+
+    def make(side):
+        made.append(side)
+        return np.zeros((side, side), np.float32)
+
+    kept = psf_module.Kept(500)
+    kept.get(make, 5)
+    kept.get(make, 6)
+    kept.get(make, 5)  # 6 was used longer ago
+    kept.get(make, 8)
+    assert kept.get(make, 5).shape == (5, 5)
+    assert made == [5, 6, 8]
+    kept.get(make, 99)
+    kept.get(make, 99)
+    assert made == [5, 6, 8, 99]
+    assert kept.held_bytes == 4 * 99**2
+    kept.get(make, 6)
+    assert made == [5, 6, 8, 99, 6]
+    assert kept.held_bytes == 4 * 36
