@@ -51,7 +51,8 @@ NUMBERS = (
     ("expected_error_counts", np.float64, np.nan),
 )
 """Columns of the table of frames that hold numbers, and what stands for "unknown"."""
-_TEXTS = ("status", "role", "why", "file")
+_OBJECTS = ("signed", "status", "role", "why", "file")
+"""Further columns; None stands for "unknown"."""
 
 
 def open_run(path: Path | str) -> "Run":
@@ -301,9 +302,10 @@ class Run:
         the frame was replayed; the times
         ``captured_ns``, ``received_ns``, ``durable_ns`` (Unix time), ``planned_s``,
         ``actual_s``; ``exposure_ms``, ``z_um``, ``z_offset_um``; and the estimate:
-        ``level``, ``defocus_um``, ``confidence``, ``foreground``; and the frame's
-        ``expected_error_counts``. Unknown numbers are NaN, whole ones -1 (``level``:
-        the smallest int32).
+        ``level``, ``defocus_um``, ``signed`` (False: a distance without a side),
+        ``confidence``, ``foreground``; and the frame's ``expected_error_counts``.
+        Unknown numbers are NaN, whole ones -1 (``level``: the smallest int32), all
+        else None.
 
         Raises
         ------
@@ -311,11 +313,11 @@ class Run:
             If the journal cannot be read.
         """
         types = [(name, dtype) for name, dtype, _ in NUMBERS]
-        texts = [(name, object) for name in _TEXTS]
+        objects = [(name, object) for name in _OBJECTS]
         path = self.folder / JOURNAL_NAME
         try:
             rows = [_row(line) for line in read_journal(path)]
-            return np.array(rows, dtype=[*types, *texts])
+            return np.array(rows, dtype=[*types, *objects])
         except (
             AttributeError,
             LookupError,
@@ -357,7 +359,8 @@ def _row(line: Line) -> tuple[Any, ...]:
         for name, _, unknown in NUMBERS
     )
     why = next((line[k] for k in ("error", "reason", "skipped") if line.get(k)), None)
-    return (*numbers, line["status"], line.get("role"), why, line.get("file"))
+    objects = (known.get("signed"), line["status"], line.get("role"), why)
+    return (*numbers, *objects, line.get("file"))
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -328,8 +328,12 @@ def _explain(detail: ErrorDetails) -> str:
     cause: Any = context.get("error")
     key = _key_of(location, cause)
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        valid = _valid_keys(detail["loc"][:-1])
-        return f"unknown key '{key}'; {hint(str(detail['loc'][-1]), valid, 0.4)}"
+        name, section = str(detail["loc"][-1]), detail["loc"][:-1]
+        match section:
+            case ("microscope", source) if name in _valid_keys(("microscope",)):
+                other = f"'{key}' is of another microscope.source than '{source}'"
+                return f"{other}; leave it out"
+        return f"unknown key '{key}'; {hint(name, _valid_keys(section), 0.4)}"
     if detail["type"] == "invalid_key" and isinstance(detail["input"], int):
         return f"'{key}': a number is no key; decimals have a point, not a comma"
     if (tag := context.get("tag")) is not None:
@@ -382,8 +386,10 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
     for part in (one for one in location if not isinstance(one, int)):
         fields = map(_fields, candidates)
         below = [one for known in fields for one in models_in(known.get(part))]
-        # A discriminated union adds its tag to the location: not a field, no step.
-        candidates = below or candidates
+        # A discriminated union adds its tag to the location: not a field, but which.
+        candidates = below or [
+            one for one in candidates if part in get_args(_fields(one).get("source"))
+        ]
     return sorted({name for model in candidates for name in _fields(model)})
 
 

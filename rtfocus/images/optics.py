@@ -31,6 +31,9 @@ _SHORT_NAMES = {
 _ABERRATION_NAMES = {
     "spherical": "spherical_waves",
     "astigmatism": "astigmatism_waves",
+    "oblique": "astigmatism_oblique_waves",
+    "coma_x": "coma_x_waves",
+    "coma_y": "coma_y_waves",
 }
 
 
@@ -41,7 +44,8 @@ def read_optics(text: str) -> OpticalSystem:
     ----------
     text
         A YAML file, as `rtfocus psf fit` writes it, or values by short name: NA,
-        wavelength (nm), pixel (um), n, spherical and astigmatism (waves), model.
+        wavelength (nm), pixel (um), n, model, and in waves spherical, astigmatism,
+        oblique (astigmatism), coma_x and coma_y.
 
     Raises
     ------
@@ -223,9 +227,12 @@ def in_short(optics: OpticalSystem) -> str:
         f"NA={optics.numerical_aperture:g},wavelength={optics.wavelength_nm:g},"
         f"pixel={optics.pixel_size_um:g}"
     )
-    index, waves = optics.refractive_index, optics.aberrations.spherical_waves
-    text += f",n={index:g}" if index != 1 else ""
-    text += f",spherical={waves:g}" if waves else ""
+    index = f"{optics.refractive_index:g}"
+    text += f",n={index}" if index != "1" else ""
+    text += f",model={optics.psf_model}" if optics.psf_model != "pupil" else ""
+    for name, field in _ABERRATION_NAMES.items():
+        waves = getattr(optics.aberrations, field)
+        text += f",{name}={waves:g}" if waves else ""
     return text
 
 

@@ -265,12 +265,13 @@ _COLUMNS = {
     "camera_image_number": "int64",
     "level": "int16",
     "defocus_um": "float32",
+    "signed": "int8",
     "confidence": "float32",
     "foreground": "float32",
     "expected_error_counts": "float32",
 }
 """Name to dtype; -1 or NaN: unknown."""
-_ESTIMATED = ("level", "defocus_um", "confidence", "foreground")
+_ESTIMATED = ("level", "defocus_um", "signed", "confidence", "foreground")
 
 
 def _read(name: str, block: list[Line]) -> list[Any]:

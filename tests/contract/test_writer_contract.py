@@ -601,9 +601,10 @@ def test_the_journal_becomes_columns(tmp_path: Path) -> None:
     for name, value in (
         *(("z_um", 12.5), ("exposure_ms", 5.0), ("confidence", 0.5)),
         *(("foreground", 1.0), ("status", "written"), ("role", "record")),
-        *(("why", None), ("file", None)),
+        *(("why", None), ("file", None), ("signed", False)),
     ):
         assert table[name].tolist() == [value] * 6, name
+    assert frames["signed"][:].tolist() == [0] * 6
     assert table["durable_ns"].tolist() == durable.tolist()
     text = (folder / "frames.ndjson").read_text()
     assert "NaN" not in text

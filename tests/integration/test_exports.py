@@ -239,11 +239,13 @@ def test_the_table_of_frames_is_read_by_any_reader_of_csv(sites, tmp_path):
         assert row["position"] == series.positions[frame["p"]].name
         assert row["channel"] == CHANNELS[frame["c"]].name
         assert row["status"] == frame["status"]
+        assert row["signed"] == ("" if frame["signed"] is None else "False")
         for name in ("z_um", "defocus_um", "exposure_ms"):
             number = float(row[name]) if row[name] else np.nan
             np.testing.assert_equal(number, frame[name])
     lost = rows[6]
-    assert (lost["status"], lost["defocus_um"], lost["level"]) == ("missing", "", "")
+    assert lost["status"] == "missing"
+    assert {lost[name] for name in ("defocus_um", "level", "signed")} == {""}
     assert (lost["time_s"], rows[0]["time_s"]) == ("", "0.0")
     assert float(rows[-1]["time_s"]) > 0
     failed(command(*export), ExitCode.INPUT)

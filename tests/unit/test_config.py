@@ -47,6 +47,14 @@ def write(folder: Path, data: object) -> Path:
             "'microscope.specimen.knd'; did you mean 'kind'",
         ),
         (
+            {"microscope": {"source": "democamera", "photons": 3}},
+            "'microscope.photons' is of another microscope.source than 'democamera'",
+        ),
+        (
+            {"microscope": {"source": "democamera", "photos": 3}},
+            "unknown key 'microscope.photos'; did you mean 'properties'",
+        ),
+        (
             {"channels": [{"name": "a", "optics": OPTICS | {"NA": 1}}]},
             r"unknown key 'channels\.0\.optics\.NA'; ",
         ),

@@ -1,6 +1,6 @@
 """Optics of images: who states them, what completes them, what is refused."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,17 +49,18 @@ def stated(text: str) -> StatedOptics:
     st.floats(200, 2000),
     st.floats(0.01, 20),
     st.floats(1, 2),
-    st.floats(-5, 5),
+    st.sampled_from(["pupil", "born_wolf"]),
+    st.tuples(*[st.floats(-5, 5)] * 5),
 )
-def test_what_is_said_in_short_is_read_again(aperture, nm, um, index, waves):
-    pupil = Aberrations(spherical_waves=waves)
-    optics = OpticalSystem(aperture, nm, um, index, aberrations=pupil)
+def test_what_is_said_in_short_is_read_again(aperture, nm, um, index, model, waves):
+    optics = OpticalSystem(aperture, nm, um, index, model, Aberrations(*waves))
     read = read_optics(in_short(optics))
     assert in_short(read) == in_short(optics)
+    assert read.psf_model == model
     numbers = (read.numerical_aperture, read.wavelength_nm, read.pixel_size_um)
     assert numbers == pytest.approx((aperture, nm, um), rel=1e-5)
+    assert astuple(read.aberrations) == pytest.approx(waves, rel=1e-5)
     assert read.refractive_index == pytest.approx(index, rel=1e-5)
-    assert read.aberrations.spherical_waves == pytest.approx(waves, rel=1e-5)
 
 
 def test_the_option_is_completed_by_the_file():
