@@ -104,6 +104,7 @@ SEVERAL = "gpus"
 
 @pytest.fixture(params=[*(kind.name for kind in DEVICES), SEVERAL])
 def open_kind(request):
+    """Opens processors of one kind, which are closed after the test."""
     several = request.param == SEVERAL
     kind = next(k for k in DEVICES if request.param.startswith(k.name))
     if (why := kind.why_unavailable()) is not None:
@@ -111,21 +112,24 @@ def open_kind(request):
     if several and len(list_devices()) == 1:
         pytest.skip("there is one GPU")
 
+    opened = []
+
     def open_for(config):
         if several:
             gpu = config.processing.gpu.model_copy(update={"index": [0, 1]})
             processing = config.processing.model_copy(update={"gpu": gpu})
             config = config.model_copy(update={"processing": processing})
-        return FrameProcessor(config, [kind.open_devices(config)])
+        opened.append(FrameProcessor(config, [kind.open_devices(config)]))
+        return opened[-1]
 
-    return open_for
+    yield open_for
+    for processor in opened:
+        processor.close()
 
 
 @pytest.fixture
 def processor(open_kind, engine_folder):
-    opened = open_kind(config_for(engine_folder))
-    yield opened
-    opened.close()
+    return open_kind(config_for(engine_folder))
 
 
 @pytest.fixture
@@ -151,6 +155,13 @@ def submit(processor, pool, sequence, pixels, channel=0, **options):
     slot = pool.acquire(timeout_s=10)
     slot.prepare(header_for(sequence, pixels, channel))[...] = pixels
     return processor.submit(slot, **options)
+
+
+def processed(processor, pixels, channels=("DAPI", "dark")):
+    """Return what a processor makes of the only frame of a series."""
+    pool = SlotPool(1, pixels.nbytes)
+    processor.start(series_for(pixels.shape, pixels.dtype.str, channels), 1)
+    return submit(processor, pool, 0, pixels).result.result(TIMEOUT_S)
 
 
 def test_estimate_and_result_of_a_frame_are_whole(processor, pool, frames):
@@ -349,18 +360,15 @@ def test_any_shape_and_type_keeps_both(processor, frames, shape, dtype):
 
 
 def test_every_element_type_is_restored_as_the_same_numbers_are(processor, frames):
-    pool = SlotPool(1, 8 * 96 * 96)
     counts = (frames[7][40:136, 120:216] // 12).astype(np.float32)
     restored = {}
     for dtype in ("<f4", "|i1", "<i2", "<u4", "<f2", "<f8"):
         # Signed integers have values below 0 too, as after a subtraction.
         lowest = 40 if np.dtype(dtype).kind == "i" else 0
-        processor.start(series_for(counts.shape, dtype, ("DAPI",)), 1)
-        ticket = submit(processor, pool, 0, (counts - lowest).astype(dtype))
-        result = ticket.result.result(TIMEOUT_S)
+        pixels = (counts - lowest).astype(dtype)
+        result = processed(processor, pixels, ("DAPI",))
         assert result.restored.dtype == np.dtype(dtype)
         restored[dtype] = result.restored.astype(np.float64) + lowest
-        pool.release(ticket.slot)
     wanted = restored.pop("<f4")
     assert counts.max() < 127
     assert np.abs(wanted - counts).max() > 2
@@ -384,12 +392,9 @@ def test_constant_frames_are_background_and_unchanged(processor, pool, value):
 def test_nan_pixels_are_marked_and_stay_nan_while_the_rest_is_restored(
     processor, frames
 ):
-    pool = SlotPool(1, 4 * SHAPE[0] * SHAPE[1])
-    processor.start(series_for(dtype="<f4"), 1)
     pixels = frames[6].astype("<f4")
     pixels[50:53, 60] = np.nan
-    ticket = submit(processor, pool, 0, pixels)
-    result = ticket.result.result(TIMEOUT_S)
+    result = processed(processor, pixels)
     assert result.flags == ("nan",)
     assert np.isnan(result.restored[50:53, 60]).all()
     assert np.isnan(result.restored).sum() == 3
@@ -418,11 +423,8 @@ def test_a_frame_with_negative_values_is_saturated_by_its_own_values(
     assert flags == (("saturated",) if highest == 32767 else ())
 
 
-def test_frame_of_nothing_but_nan_is_background(processor, pool):
-    pool = SlotPool(1, 4 * SHAPE[0] * SHAPE[1])
-    processor.start(series_for(dtype="<f4"), 1)
-    ticket = submit(processor, pool, 0, np.full(SHAPE, np.nan, "<f4"))
-    result = ticket.result.result(TIMEOUT_S)
+def test_frame_of_nothing_but_nan_is_background(processor):
+    result = processed(processor, np.full(SHAPE, np.nan, "<f4"))
     assert (result.defocus.level == BACKGROUND).all()
     assert np.isnan(result.restored).all()
 
@@ -431,14 +433,10 @@ def test_restored_frames_are_float32_on_request(open_kind, engine_folder, frames
     config = config_for(engine_folder)
     store = config.store.model_copy(update={"restored_dtype": "float32"})
     processor = open_kind(config.model_copy(update={"store": store}))
-    pool = SlotPool(1, 2 * SHAPE[0] * SHAPE[1])
-    processor.start(series_for(), 1)
-    ticket = submit(processor, pool, 0, frames[5])
-    restored = ticket.result.result(TIMEOUT_S).restored
+    restored = processed(processor, frames[5]).restored
     assert restored.dtype == np.float32
     assert restored.min() >= 0
     assert np.any(restored != np.rint(restored))
-    processor.close()
 
 
 def test_engine_that_does_not_fit_the_optics_is_refused_with_the_remedy(
@@ -454,8 +452,6 @@ def test_engine_that_does_not_fit_the_optics_is_refused_with_the_remedy(
     raw["processing"]["ignore_optics"] = True
     willing = open_kind(parse_config(raw))
     assert willing.start(series_for(channels=("DAPI",)), 1) is not None
-    willing.close()
-    processor.close()
 
 
 class SlowToOpen(CpuDevice):
@@ -545,10 +541,7 @@ def test_networks_restore_what_is_out_of_focus_and_nothing_else(
     pixels[:, :150] = 500
     if colours == 3:
         pixels = np.stack([pixels, pixels // 2, pixels // 3 + 100], axis=-1)
-    pool = SlotPool(1, pixels.nbytes)
-    processor.start(series_for(pixels.shape, channels=("DAPI",)), 1)
-    ticket = submit(processor, pool, 0, pixels)
-    result = ticket.result.result(TIMEOUT_S)
+    result = processed(processor, pixels, ("DAPI",))
     assert len(np.unique(result.defocus.level)) > 2
     share = Montage(result.defocus.grid, SHAPE).restored_share(result.defocus.level)
     assert (share == 0).any()
@@ -570,7 +563,6 @@ def test_networks_restore_what_is_out_of_focus_and_nothing_else(
         np.testing.assert_array_equal(restored[share == 0], frame[share == 0])
     assert set(result.engines) == {"classifier", "restorer"}
     assert result.engines["restorer"].startswith(f"{method}@")
-    processor.close()
 
 
 @pytest.mark.parametrize("colours", [1, 3])
@@ -600,7 +592,6 @@ def test_the_error_left_is_stated_of_every_tile_whatever_was_changed(
         wanted = scale * np.exp(LOG_ERROR / 2)
         np.testing.assert_allclose(result.expected_error, wanted, rtol=1e-3)
         pool.release(ticket.slot)
-    processor.close()
 
 
 @pytest.mark.parametrize("colours", [1, 3])
@@ -625,7 +616,6 @@ def test_of_tiles_without_a_number_no_error_is_stated(open_kind, zoo, colours):
         assert hidden.any() == (last > 0)
         assert hidden.all() == (last == SHAPE[1])
         pool.release(ticket.slot)
-    processor.close()
 
 
 @pytest.mark.parametrize(
@@ -644,13 +634,10 @@ def test_no_error_is_stated_by_who_does_not_know_it(
         zoo, classifier=classifier, restoration={"method": method}, blind=blind
     )
     processor = open_kind(config)
-    pool = SlotPool(1, frames[0].nbytes)
-    processor.start(series_for(channels=("DAPI",)), 1)
+    result = processed(processor, frames[0], ("DAPI",))
     assert not processor.expects_error
-    result = submit(processor, pool, 0, frames[0]).result.result(TIMEOUT_S)
     assert result.restored is not None
     assert result.expected_error is None
-    processor.close()
 
 
 def level_told(frame):
@@ -683,12 +670,8 @@ def test_what_a_network_makes_that_is_no_number_is_refused(
     config = config_for(zoo, classifier=classifier, restoration={"method": method})
     processor = open_kind(config)
     pixels = frames[0].astype(dtype)
-    pool = SlotPool(1, pixels.nbytes)
-    processor.start(series_for(dtype=dtype, channels=("DAPI",)), 1)
-    ticket = submit(processor, pool, 0, pixels)
     with pytest.raises(EngineError, match=rf"frame 0 .*'{faulty}@.* NaN or inf.*again"):
-        ticket.result.result(TIMEOUT_S)
-    processor.close()
+        processed(processor, pixels, ("DAPI",))
 
 
 @pytest.mark.parametrize(
@@ -707,14 +690,11 @@ def test_patches_are_those_of_the_reference(
     pixels = frames[6][:150]
     if colours == 3:
         pixels = np.stack([pixels, pixels // 2, pixels[::-1]], axis=-1)
-    pool = SlotPool(1, pixels.nbytes)
-    series = series_for(pixels.shape, channels=("DAPI",))
-    processor.start(series, 1)
-    result = submit(processor, pool, 0, pixels).result.result(TIMEOUT_S)
-    processor.close()
+    result = processed(processor, pixels, ("DAPI",))
     level, signal = result.defocus.level, pixels.astype(np.float32)
     levels = set(np.unique(level).tolist()) - {0, BACKGROUND}
     assert len(levels) > 1
+    series = series_for(pixels.shape, channels=("DAPI",))
     plan = plan_channel(config, series, series.channels[0])
     montage = plan.montage(result.defocus.grid)
     if method == "constant":
@@ -740,7 +720,6 @@ def test_missing_engine_says_what_was_looked_for_and_where(open_kind, engine_fol
     processor = open_kind(config_for(engine_folder, classifier="nosuch"))
     with pytest.raises(EngineError, match=r"'nosuch' not found.*there: .*sharp"):
         processor.start(series_for(), 1)
-    processor.close()
 
 
 def test_estimates_do_not_wait_for_restorations(open_kind, engine_folder, frames):
@@ -756,7 +735,6 @@ def test_estimates_do_not_wait_for_restorations(open_kind, engine_folder, frames
     restore_ms = [t.result.result(TIMEOUT_S).stage_ms["restore"] for t in tickets]
     # All estimates together came sooner than the restorations can have ended.
     assert (max(estimated) - min(estimated)) * 1e-6 < sum(restore_ms[:-1]) / 2
-    processor.close()
 
 
 class SlowDevice(CpuDevice):
