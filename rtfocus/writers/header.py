@@ -7,7 +7,7 @@ follows what each array of the run is like: shape, type, scale, codecs.
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from glob import escape, glob
 from math import ceil, prod
@@ -20,7 +20,7 @@ import numpy as np
 from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import NoRunError, OutputError, WriterError, why_not_written
 from rtfocus.files import replace
-from rtfocus.frame import SeriesStart, TileGrid
+from rtfocus.frame import AXES, SeriesStart, TileGrid
 
 HEADER_NAME = "series.json"
 REPORT_NAME = "report.json"
@@ -124,7 +124,7 @@ def read_header(folder: Path) -> RunHeader:
         )
         kind = NoRunError if isinstance(error, OSError) else WriterError
         raise kind(msg) from error
-    if (fault := _fault(header)) is not None:
+    if (fault := next(_faults(header), None)) is not None:
         msg = f"'{path}' is damaged: {fault}; the images can be read by other programs"
         raise WriterError(msg)
     return header
@@ -165,32 +165,31 @@ def sizes_fault(header: RunHeader) -> str | None:
     return None
 
 
-def _fault(header: RunHeader) -> str | None:
-    """Return what no run of rtfocus has; None: nothing."""
+def _faults(header: RunHeader) -> Iterator[str]:
+    """Yield what no run of rtfocus has."""
     series, grid = header.series, header.grid
     shape, sizes = series.shape, series.sizes
+    is_frame = len(shape) >= 2 and shape[2:] in ((), (3,))
+    if not (is_frame and _fits(shape, MOST_PIXELS)):
+        yield f"shape={shape} is no frame"
+    if not _is_pixel_type(series.dtype):
+        yield f"dtype={series.dtype!r} is no pixel type"
+    has_end = None not in [size for axis, size in sizes.items() if axis != "t"]
     lengths = [1 if size is None else size for size in sizes.values()]
-    tiles = (1, 1) if grid is None else (grid.rows, grid.columns)
-    step_px = 1.0 if grid is None else grid.stride_px
-    faults = {
-        f"shape={shape} is no frame": len(shape) not in (2, 3)
-        or shape[2:] not in ((), (3,))
-        or not _fits(shape, MOST_PIXELS),
-        f"dtype={series.dtype!r} is no pixel type": not _is_pixel_type(series.dtype),
-        f"sizes={sizes} are no plan": not set(sizes) <= set("tpcz")
-        or None in [size for axis, size in sizes.items() if axis != "t"]
-        or not _fits(lengths, MOST_PLACES),
-        "it lists no channel or no position": not series.channels
-        or not series.positions,
-        f"pixel_size_um={series.pixel_size_um} is no length": not (
-            0 < series.pixel_size_um < float("inf")
-        ),
-        f"its maps have {tiles} tiles every {step_px} px": not _fits(tiles, MOST_PIXELS)
-        or not 0 < step_px < float("inf"),
-        "its config is none": type(header.provenance.get("config", {})) is not dict,
-    }
-    found = [fault for fault, is_fault in faults.items() if is_fault]
-    return found[0] if found else sizes_fault(header)
+    if not (set(sizes) <= set(AXES) and has_end and _fits(lengths, MOST_PLACES)):
+        yield f"sizes={sizes} are no plan"
+    if not (series.channels and series.positions):
+        yield "it lists no channel or no position"
+    if not 0 < series.pixel_size_um < float("inf"):
+        yield f"pixel_size_um={series.pixel_size_um} is no length"
+    if grid is not None:
+        tiles, step_px = (grid.rows, grid.columns), grid.stride_px
+        if not (_fits(tiles, MOST_PIXELS) and 0 < step_px < float("inf")):
+            yield f"its maps have {tiles} tiles every {step_px} px"
+    if not isinstance(header.provenance.get("config", {}), dict):
+        yield "its config is none"
+    if (fault := sizes_fault(header)) is not None:
+        yield fault
 
 
 def _fits(lengths: Sequence[int], most: int) -> bool:
