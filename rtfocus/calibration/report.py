@@ -333,12 +333,11 @@ def optics_block(system: OpticalSystem) -> dict[str, Any]:
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    """Round to a thousandth: finer than any fit can tell."""
-    return {
-        name: _rounded(value)
-        if isinstance(value, dict)
-        else round(value, 4 if name == "pixel_size_um" else 3)
-        if isinstance(value, float)
-        else value
-        for name, value in values.items()
-    }
+    """Round to a thousandth, a pixel size to a tenth of it: no fit can tell finer."""
+    rounded = dict(values)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rounded[name] = _rounded(value)
+        elif isinstance(value, float):
+            rounded[name] = round(value, 4 if name == "pixel_size_um" else 3)
+    return rounded
