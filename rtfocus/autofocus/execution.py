@@ -7,7 +7,7 @@ the limits allow.
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from math import isfinite
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from rtfocus.autofocus.policy import (
     MoveRule,
     Stay,
     path_of,
+    way_um,
 )
 from rtfocus.channel import OpticalSystem
 from rtfocus.errors import ConfigError, MicroscopeError
@@ -153,8 +154,8 @@ class BroughtSearch:
         if isinstance(decision, Stay):
             self.belief = Belief.of([Mode(1.0, z_um, self._unit_um)])
             return decision
-        way = getattr(decision, "back_um", getattr(decision, "dz_um", None))
-        if not isinstance(decision, Decision) or way is None or not isfinite(way):
+        way = way_um(decision) if isinstance(decision, Decision) else None
+        if way is None or not isfinite(way):
             msg = (
                 f"autofocus.search '{self._name}' answered {decision!r}; a decision "
                 "is Stay, Move, Probe or GiveUp with a finite way in um"
@@ -165,7 +166,7 @@ class BroughtSearch:
         if len(self._looks) >= self._most_images:
             return self.give_up(f"not found in {self._most_images} images")
         longest = self.moves.most_um
-        return type(decision)(min(max(way, -longest), longest))
+        return replace(decision, dz_um=min(max(way, -longest), longest))
 
     def give_up(self, reason: str) -> GiveUp:
         """End at the sharpest z that was seen."""
