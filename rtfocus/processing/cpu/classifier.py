@@ -1,18 +1,24 @@
 """Classifier: the defocus of every tile of a frame, in one pass of a network.
 
-A joint engine gives the restored frame in the same pass. Frames too large for one pass
-are seen through a few large windows, whose labels and pixels are put together as if
-there had been one.
+A joint engine gives the restored frame in the same pass. Frames too large for one are
+seen through a few windows, put together as if there had been one.
+
+Restorers end alike: ``out = signal + share * (restored - signal)``, with the share of
+the montage: 0 where only tiles in focus and background reach.
 """
 
+import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from math import ceil, lcm
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.sections import ProcessingConfig
 from rtfocus.engines.card import input_of, output_of
+from rtfocus.engines.fitted import Evidence
 from rtfocus.engines.registry import parts
 from rtfocus.errors import EngineError
 from rtfocus.frame import BACKGROUND, DefocusMap
@@ -30,6 +36,7 @@ from rtfocus.processing.classify import (
 )
 from rtfocus.processing.montage import (
     AxisWindows,
+    Montage,
     fewest_windows,
     from_planes,
     pad,
@@ -330,3 +337,112 @@ class FrameClassifier:
             cut[place] *= np.float32(scale)
             cut[place] += np.float32(offset)
         return from_planes(cut, prepared.shape)
+
+
+class _Network(Protocol):
+    runs_on: str
+
+    def close(self) -> None: ...
+
+
+class FrameRestorer(ABC):
+    """Restores the frames of one channel.
+
+    Safe to use from several threads, each with its own `out`.
+
+    Parameters
+    ----------
+    network
+        Of its own, closed by `close`; None: it has none.
+    """
+
+    def __init__(self, network: _Network | None = None) -> None:
+        self.runs_on = None if network is None else network.runs_on
+        """Runtime and precision of its own network; None: it has none."""
+        self._owned = network
+
+    @abstractmethod
+    def restore_frame(
+        self, signal: Image, seen: Prediction | None, out: Image
+    ) -> Image | None:
+        """Restore a frame; return `FrameResult.expected_error`.
+
+        Parameters
+        ----------
+        signal
+            Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
+        seen
+            What the classifier saw in it; None: there is none, and the restorer does
+            without.
+        out
+            Result, shape of `signal`, float32; in focus and background exactly as
+            in `signal`, except of a restorer that knows no focus.
+        """
+
+    def close(self) -> None:
+        """Free the network; called twice does nothing."""
+        if self._owned is not None:
+            self._owned.close()
+
+
+class JointRestorer(FrameRestorer):
+    """The restored frame of a joint engine, from whichever pass made it.
+
+    Parameters
+    ----------
+    montage
+        Blending weights of the tiles whose labels decide what is restored.
+    own_pass
+        The engine for a pass of its own; None: the pass that found the defocus has
+        restored the frame too.
+    evidence
+        Weighs what the engine corrected; None: all of it is taken.
+    """
+
+    def __init__(
+        self,
+        montage: Montage,
+        own_pass: FrameClassifier | None,
+        evidence: Evidence | None = None,
+    ) -> None:
+        super().__init__(own_pass)
+        self._montage = montage
+        self._own_pass = own_pass
+        self._evidence = evidence
+        self._turn = threading.Lock()
+
+    def restore_frame(
+        self, signal: Image, seen: Prediction | None, out: Image
+    ) -> Image | None:
+        """Restore a frame, see `FrameRestorer`."""
+        assert seen is not None
+        np.copyto(out, signal)
+        share = self._montage.restored_share(seen.defocus.level)
+        if share.any():
+            if self._own_pass is not None:
+                prepared = self._own_pass.prepare(signal)
+                with self._turn:
+                    seen = self._own_pass.see(prepared)
+            assert seen.restored is not None
+            blend(signal, seen.restored, share, out)
+        evidence = self._evidence
+        return None if evidence is None else evidence.weigh(signal, seen.defocus, out)
+
+
+def blend(signal: Image, restored: Image, share: Image, out: Image) -> None:
+    """Move `out`, a copy of `signal`, towards the restored frame by a share.
+
+    Parameters
+    ----------
+    signal, restored
+        Axes (y, x) or (y, x, colour); negative light becomes 0, infinite NaN.
+    share
+        0 to 1, axes (y, x).
+    out
+        Shape of `signal`.
+    """
+    # Of minus infinity 0 would hide that the network is damaged; 0 times it is NaN.
+    change = np.maximum(restored, 0 * restored)
+    change -= signal
+    change *= share if signal.ndim == 2 else share[..., None]
+    out += change

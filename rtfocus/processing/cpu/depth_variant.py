@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.sections import RestorationConfig
-from rtfocus.processing.cpu.classifier import Prediction
-from rtfocus.processing.cpu.network_restorer import FrameRestorer
+from rtfocus.processing.cpu.classifier import FrameRestorer, Prediction
 from rtfocus.processing.montage import Montage, paired_planes
 from rtfocus.processing.restore import (
     BLIND,

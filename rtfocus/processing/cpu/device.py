@@ -18,13 +18,19 @@ from rtfocus.machine import usable_threads
 from rtfocus.processing.camera import Marks, write_counts
 from rtfocus.processing.channel_plan import ChannelPlan, restored_dtype
 from rtfocus.processing.classify import invertible_normalisation
-from rtfocus.processing.cpu.classifier import FrameClassifier, NetworkView, Prediction
-from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, LevelRestorer
-from rtfocus.processing.cpu.network_restorer import (
+from rtfocus.processing.cpu.classifier import (
+    FrameClassifier,
     FrameRestorer,
     JointRestorer,
+    NetworkView,
+    Prediction,
+)
+from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, LevelRestorer
+from rtfocus.processing.cpu.patches import (
+    LearnedWienerRestorer,
     TileNetwork,
     TileNetworkRestorer,
+    TileRestorer,
     WholeImageRestorer,
 )
 from rtfocus.processing.device import Job, Prepared
@@ -43,9 +49,6 @@ def make_restorer(
 ) -> LevelRestorer:
     """Make one of `METHODS` with the parameters of the config."""
     if settings.method == PATCH_BY_PATCH:
-        # Here, because it loads SciPy, which takes long, and few runs need it.
-        from rtfocus.processing.cpu.patches import TileRestorer
-
         return TileRestorer(montage, psfs, settings)
     return DepthVariantRestorer(
         montage, psfs, settings, quantum=quantum, gain_e_per_count=gain_e_per_count
@@ -84,8 +87,6 @@ def open_restorer(
     if restoration.way == "by_tile":
         assert restoration.conditions is not None
         return TileNetworkRestorer(card, network, restoration.conditions, montage)
-    from rtfocus.processing.cpu.patches import LearnedWienerRestorer
-
     psfs, told = plan.band_levels()
     return LearnedWienerRestorer(
         montage,

@@ -1,29 +1,40 @@
 """Patches: pieces of a frame that are restored one by one.
 
-`TileRestorer` is LB-DVD as published, patch by patch in batches: slower than
-`rtfocus.processing.cpu.depth_variant`, the same away from the borders of patches, and
-kept as the reproduction of He 2020 that the other is measured against.
+By a network, or deconvolved: `TileRestorer` is LB-DVD as published (He 2020), slower
+than `rtfocus.processing.cpu.depth_variant` and kept to measure that against.
 
-In the learned Wiener filter a network says of a tile, per radial frequency band, how
-much signal there is for one part of noise; the filter is ``conj(H) / (|H|^2 + 1 /
-SNR)`` with H that of the tile's level (Pronina et al. 2020 for the idea). Neighbouring
-tiles overlap by half of what they keep and are blended linearly.
+In the learned Wiener filter a network tells the signal-to-noise ratio of a tile per
+band; the filter is ``conj(H) / (|H|^2 + 1 / SNR)`` with H that of the tile's level
+(Pronina et al. 2020 for the idea). Tiles overlap by half and are blended linearly.
 """
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft
 
-from rtfocus.config.sections import RestorationConfig
-from rtfocus.optics.formation import TAPER_PX, band_weights, edge_taper
-from rtfocus.optics.normalisation import PercentileRange
+from rtfocus.config.sections import ProcessingConfig, RestorationConfig
+from rtfocus.engines.card import EngineCard, input_of, output_of
+from rtfocus.engines.registry import FoundEngine
+from rtfocus.engines.spec_steps import Values
+from rtfocus.errors import EngineError
+from rtfocus.optics.normalisation import PercentileRange, normalised
+from rtfocus.processing.classify import Conditions, invertible_normalisation
+from rtfocus.processing.cpu.classifier import FrameRestorer, Prediction, blend
 from rtfocus.processing.cpu.depth_variant import LevelRestorer, Planes, iterate
-from rtfocus.processing.cpu.network_restorer import TileNetwork
-from rtfocus.processing.montage import Montage, Region, axis_weights, defocused, pad
+from rtfocus.processing.montage import (
+    FrameTiles,
+    Montage,
+    Region,
+    axis_weights,
+    defocused,
+    from_planes,
+    pad,
+    to_planes,
+)
 from rtfocus.processing.restore import (
     Spectrum,
     iterations_of,
@@ -31,8 +42,13 @@ from rtfocus.processing.restore import (
     patch_shape,
     transfer_function,
 )
+from rtfocus.runtimes.cpu_backends import open_engine, runs_on
 
 Image = NDArray[np.float32]
+
+# Pixels that keep a core busy at once; more only takes memory.
+_BATCH_PX = 256 * 256
+_BATCH_TILES = 8  # of the learned Wiener filter
 
 
 def richardson_lucy(
@@ -70,6 +86,170 @@ def richardson_lucy(
     back = [np.conj(transfer)] * iterations
     begun = signal if start is None else start
     return iterate(signal, transfer, back, shape=(height, width), start=begun)
+
+
+class TileNetwork:
+    """A restorer's network, opened for batches of its tiles.
+
+    Any number of tiles goes through. Safe to use from several threads, which take
+    turns.
+
+    Parameters
+    ----------
+    output
+        Tensor that is wanted; None: the card's first.
+
+    Raises
+    ------
+    EngineError
+        If it is no network or cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        found: FoundEngine,
+        settings: ProcessingConfig,
+        *,
+        output: str | None = None,
+        threads: int = 1,
+    ) -> None:
+        tiles = input_of(found.card)
+        self._output = output_of(found.card).name if output is None else output
+        # Networks of other people may be made for one image at a time.
+        alone = found.card.sees_image_alone
+        self.batch = 1 if alone else max(1, _BATCH_PX // tiles.tile_px**2)
+        """Tiles per inference."""
+        self._engine = open_engine(
+            found,
+            settings,
+            shape=(self.batch, tiles.channels, tiles.tile_px, tiles.tile_px),
+            outputs=(self._output,),
+            threads=threads,
+        )
+        self.runs_on = runs_on(self._engine)
+        """Runtime and precision, e.g. ``openvino bf16``."""
+        self._turn = threading.Lock()
+
+    def run(self, tiles: Image, condition: Image | None) -> Image:
+        """Return the output for tiles (N, C, y, x) with conditions (N, entries)."""
+        found = []
+        for first in range(0, len(tiles), self.batch):
+            span = slice(first, first + self.batch)
+            number = len(tiles[span])
+            # What is fixed is faster than what may vary: a shorter last batch is
+            # filled up, and the rest is thrown away.
+            full, told = (
+                None if part is None else _filled(part[span], self.batch)
+                for part in (tiles, condition)
+            )
+            assert full is not None
+            with self._turn:
+                outputs = self._engine.infer(full, told)
+            found.append(outputs[self._output][:number])
+        return np.concatenate(found)
+
+    def restored(self, tiles: Image, condition: Image | None) -> Image:
+        """Return the restored tiles; EngineError if they have another shape."""
+        restored = np.asarray(self.run(tiles, condition), np.float32)
+        if restored.shape != tiles.shape:
+            msg = (
+                f"engine '{self._engine.name}': its output '{self._output}' is "
+                f"{restored.shape} for tiles of {tiles.shape}; a restorer returns "
+                "tiles of the size it is given"
+            )
+            raise EngineError(msg)
+        return restored
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._engine.close()
+
+
+def _filled(part: Image, batch: int) -> Image:
+    """Repeat the last of a batch until it is full."""
+    missing = batch - len(part)
+    if not missing:
+        return part
+    return np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
+
+
+class TileNetworkRestorer(FrameRestorer):
+    """A restorer engine, told `conditions`, on the tiles of a frame that need it."""
+
+    def __init__(
+        self,
+        card: EngineCard,
+        network: TileNetwork,
+        conditions: Conditions,
+        montage: Montage,
+    ) -> None:
+        super().__init__(network)
+        self._network = network
+        self._conditions = conditions
+        self._montage = montage
+        self._input = input_of(card)
+        self._normalisation = invertible_normalisation(card)
+        self._tiles = FrameTiles(self._input, montage.shape)
+
+    def restore_frame(self, signal: Image, seen: Prediction | None, out: Image) -> None:
+        """Restore a frame, see `FrameRestorer`."""
+        assert seen is not None
+        np.copyto(out, signal)
+        share = self._montage.restored_share(seen.defocus.level)
+        places = self._tiles.needed(share)
+        if not places:
+            return
+        condition = self._conditions.rows(self._tiles.defocus_um(seen.defocus, places))
+        images = to_planes(signal, self._input.channels)
+        restored = np.empty(images.shape, np.float32)
+        for image, into in zip(images, restored, strict=True):
+            ranges = [self._normalisation.fit(plane) for plane in image]
+            into[...] = np.stack(
+                [normalised(p, *line) for p, line in zip(image, ranges, strict=True)]
+            )
+            found = self._network.restored(self._tiles.cut(into, places), condition)
+            into[...] = self._tiles.join(found, places)
+            for plane, (offset, scale) in zip(into, ranges, strict=True):
+                plane *= np.float32(scale)
+                plane += np.float32(offset)
+        blend(signal, from_planes(restored, signal.shape), share, out)
+
+
+class WholeImageRestorer(FrameRestorer):
+    """A restorer that knows no focus, on all tiles of a frame of a shape (y, x).
+
+    What its card's steps measure is measured on the whole frame, not tile by tile.
+    """
+
+    def __init__(
+        self, card: EngineCard, network: TileNetwork, shape: tuple[int, int]
+    ) -> None:
+        super().__init__(network)
+        assert card.steps is not None
+        self._network = network
+        self._steps = card.steps
+        self._channels = input_of(card).channels
+        self._tiles = FrameTiles(input_of(card), shape)
+
+    def restore_frame(self, signal: Image, seen: Prediction | None, out: Image) -> None:
+        """Restore a frame, see `FrameRestorer`.
+
+        Raises
+        ------
+        EngineError
+            If what the network gives is no image of its tiles' size, or no numbers.
+        """
+        images = to_planes(signal, self._channels)
+        restored = np.empty(images.shape, np.float32)
+        places = self._tiles.places
+        for image, into in zip(images, restored, strict=True):
+            shown = self._steps.show(image)
+            tiles = self._tiles.cut(shown.image, places)
+            found = self._network.restored(tiles, None)
+            into[...] = self._steps.give(self._tiles.join(found, places), shown, image)
+        # No light is negative; what is on a scale of its own is no light.
+        least = -np.inf if self._steps.values is Values.own else 0
+        np.maximum(from_planes(restored, signal.shape), least, out=out)
 
 
 class TileRestorer(LevelRestorer):
@@ -129,8 +309,6 @@ def _with_halo(padded: Image, region: Region, halo_px: int) -> Image:
 
 Predict = Callable[[Image, Image | None], Image]
 """From tiles (N, 1, y, x) and conditions (N, entries) to log SNR (N, band)."""
-
-_BATCH = 8
 
 
 class LearnedWienerRestorer(LevelRestorer):
@@ -197,8 +375,8 @@ class LearnedWienerRestorer(LevelRestorer):
         rows, columns = (_tile_weights(side, own) for side in region.shape)
         grid = list(np.ndindex(len(rows), len(columns)))
         result = np.zeros(region.shape, np.float32)
-        for first in range(0, len(grid), _BATCH):
-            batch = grid[first : first + _BATCH]
+        for first in range(0, len(grid), _BATCH_TILES):
+            batch = grid[first : first + _BATCH_TILES]
             restored = self._restore_tiles(padded, region, batch, number)
             for (row, column), image in zip(batch, restored, strict=True):
                 top, left = row * own // 2, column * own // 2
@@ -248,6 +426,11 @@ def filter_tiles(tiles: Image, transfer: Spectrum, log_snr: Image) -> Image:
         Shape of `tiles`; brightness kept. The outer `TAPER_PX` and what the PSF
         carries in from there are of no use.
     """
+    # Here, because SciPy takes long to load, and few channels need it.
+    from scipy import fft
+
+    from rtfocus.optics.formation import TAPER_PX, band_weights, edge_taper
+
     shape = tiles.shape[1], tiles.shape[2]
     bands = band_weights(shape, log_snr.shape[1])
     noise = np.exp(np.tensordot(-log_snr, bands, axes=1))
