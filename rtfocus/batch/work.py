@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,7 @@ from rtfocus.batch.plan import (
     facts_of,
 )
 from rtfocus.config import parse_config
-from rtfocus.errors import (
-    EngineError,
-    InputError,
-    OutputError,
-    RtfocusError,
-    writing,
-)
+from rtfocus.errors import EngineError, InputError, OutputError, RtfocusError, writing
 from rtfocus.frame import BACKGROUND, DefocusMap, FrameResult
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage
@@ -138,12 +132,13 @@ class _Opened:
             here = ", ".join(f"{what} {how}" for what, how in made.items())
             msg = f"engines or optics are not those of the plan; here: {here}"
             raise EngineError(msg)
+        at_work = _UnitAtWork(self._plan, unit, series, ledger)
         if job.command == "classify":
             rows = [
                 plane_row(images, 0, index, result, with_tiles=job.table != job.output)
                 for index, result in images.classified(0)
             ]
-            self._keep(ledger.rows(unit), rows, ledger, unit, series)
+            at_work.keep(ledger.rows(unit), rows)
             return []
         image = images.outline(0, stretch=job.stretch)
         stated = StatedErrors()
@@ -152,67 +147,14 @@ class _Opened:
             planes = map(stretch_histogram, planes)
         image = replace(image, planes=planes)
         if self._plan.form == "zarr":
-            group = ledger.store / unit.target
-            with writing(group, OutputError), ledger.part(unit) as part:
-                fill_apart(part, group, image)
-                files.sync(part)
-                self._keep_errors(stated, ledger, unit, series)
-                self._insist(ledger, unit, series)
-                put_in_place(part, group)
-            return images.cut()
-        guard = OutputGuard(companions([series]), overwrite=True)
-        target = guard.claim(ledger.output / unit.target, named=not unit.target)
-        with guard.whole(target) as part:
-            write_tiff(part, [image])
-            files.sync(part)
-            self._keep_errors(stated, ledger, unit, series)
-            self._insist(ledger, unit, series)
-        files.sync_names(*_folders(target, ledger.output))
+            at_work.write_group(image, stated)
+        else:
+            at_work.write_file(image, stated)
         return images.cut()
 
     def close(self) -> None:
         """Free the engines."""
         self._images.close()
-
-    def _keep_errors(
-        self, stated: StatedErrors, ledger: Ledger, unit: Unit, series: ImageSeries
-    ) -> None:
-        if self._plan.job.expected_error is not None:
-            self._keep(ledger.errors(unit), stated, ledger, unit, series)
-
-    def _keep(
-        self,
-        place: Path,
-        found: object,
-        ledger: Ledger,
-        unit: Unit,
-        series: ImageSeries,
-    ) -> None:
-        """Keep what was found in a unit for the end of the batch."""
-        with files.whole(place, overwrite=True) as part:
-            part.write_bytes(msgspec.json.encode(found))
-            self._insist(ledger, unit, series)
-            files.sync(part)
-        files.sync_names(place.parent)
-
-    def _insist(self, ledger: Ledger, unit: Unit, series: ImageSeries) -> None:
-        """Refuse to put pixels into a batch that began anew, or is at its end.
-
-        Raises
-        ------
-        OutputError
-            If so: this process was given up, and nobody told it.
-        InputError
-            If the image changed while it was read.
-        """
-        if content_of(series) != unit.content:
-            raise _changed(unit)
-        if not ledger.holds(self.key):
-            msg = (
-                f"the batch of '{ledger.output}' ended or began anew while this "
-                "process worked for the one before; nothing of it was written"
-            )
-            raise OutputError(msg)
 
     def _series(self, unit: Unit) -> ImageSeries:
         """Open the image of a unit: from its own file, else as it was found.
@@ -246,6 +188,65 @@ class _Opened:
             self._sources[place] = find_images(Path(place)).series
         self._sources.move_to_end(place)
         return self._sources[place]
+
+
+@dataclass(frozen=True)
+class _UnitAtWork:
+    """A unit that is being done: brings its results to their places, whole."""
+
+    plan: BatchPlan
+    unit: Unit
+    series: ImageSeries
+    ledger: Ledger
+
+    def write_group(self, image: OutputImage, stated: StatedErrors) -> None:
+        """Write an image into its group of the batch's OME-Zarr."""
+        group = self.ledger.store / self.unit.target
+        with writing(group, OutputError), self.ledger.part(self.unit) as part:
+            fill_apart(part, group, image)
+            files.sync(part)
+            self._keep_errors(stated)
+            self._insist()
+            put_in_place(part, group)
+
+    def write_file(self, image: OutputImage, stated: StatedErrors) -> None:
+        """Write an image as a TIFF of its own."""
+        guard = OutputGuard(companions([self.series]), overwrite=True)
+        target = self.ledger.output / self.unit.target
+        target = guard.claim(target, named=not self.unit.target)
+        with guard.whole(target) as part:
+            write_tiff(part, [image])
+            files.sync(part)
+            self._keep_errors(stated)
+            self._insist()
+        files.sync_names(*_folders(target, self.ledger.output))
+
+    def keep(self, place: Path, found: object) -> None:
+        """Keep what was found for the end of the batch."""
+        with files.whole(place, overwrite=True) as part:
+            part.write_bytes(msgspec.json.encode(found))
+            self._insist()
+            files.sync(part)
+        files.sync_names(place.parent)
+
+    def _keep_errors(self, stated: StatedErrors) -> None:
+        if self.plan.job.expected_error is not None:
+            self.keep(self.ledger.errors(self.unit), stated)
+
+    def _insist(self) -> None:
+        """Refuse to put pixels into a batch that began anew, or is at its end.
+
+        This process was given up then, and nobody told it. Nor does an image come
+        there that changed while it was read.
+        """
+        if content_of(self.series) != self.unit.content:
+            raise _changed(self.unit)
+        if not self.ledger.holds(self.plan.key):
+            msg = (
+                f"the batch of '{self.ledger.output}' ended or began anew while this "
+                "process worked for the one before; nothing of it was written"
+            )
+            raise OutputError(msg)
 
 
 class _ChangedError(InputError):
