@@ -37,6 +37,8 @@ _MOST_TURNS = 1
 _MOST_LATE, _LATE_S = 5, 2.0
 """Corrections of a position since its newest image was exposed, and seconds, beyond
 which it is read late; the first frames of a plan may come in a burst."""
+_MOST_ARRIVED = 512
+"""Images that wait for the next correction: more than most stacks have."""
 _MOST_SILENT = 3
 """Corrections of a position by prediction alone."""
 
@@ -138,7 +140,7 @@ class Holder:
         self._searched = searched
         self._channel = channel
         self._on_correction = on_correction
-        self._arrived: deque[Estimate] = deque(maxlen=4096)
+        self._arrived: deque[Estimate] = deque(maxlen=_MOST_ARRIVED)
         self._places: dict[Key, FollowedPlace] = {}
         self._numbers: dict[Key, int] = {}
         """In the drift, of every position that was ever held."""
@@ -156,7 +158,7 @@ class Holder:
             return
         if estimate.focus is None:
             self.unread = estimate.sequence
-        else:
+        elif self.knows(key_of_index(estimate.index)):
             self._arrived.append(estimate)
 
     def knows(self, key: Key) -> bool:
@@ -233,6 +235,8 @@ class Holder:
             moves=self._moves
             if limits is None
             else replace(self._moves, limits=limits),
+            # What was exposed while the place was lost says nothing of it any more.
+            moved_ns=round(time_s * 1e9),
         )
 
     def correction_um(self, key: Key, time_s: float, now_ns: int) -> float:

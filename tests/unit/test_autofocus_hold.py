@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from pymmcore_plus import CMMCorePlus
 
 from rtfocus.autofocus.appearance import (
@@ -156,8 +157,21 @@ class Held:
         now_ns = round(time_s * 1e9)
         self.z_um += self.holder.correction_um(HERE, time_s, now_ns)
         self.drift_um += self.um_per_s * self.interval_s
-        away = (FOUND_UM + self.drift_um - self.z_um) / UNIT_UM
-        look = self.field.look(away)
+        seen = self.image(image)
+        if image != "none":
+            self.unread.append(seen)
+        while len(self.unread) > self.late:
+            self.holder.take(self.unread.popleft())
+        return self.away
+
+    @property
+    def away(self) -> float:
+        """How far the stage is from focus, in depths of field."""
+        return (FOUND_UM + self.drift_um - self.z_um) / UNIT_UM
+
+    def image(self, image: str) -> Estimate:
+        """Expose one, from where the stage stands."""
+        look = self.field.look(self.away)
         reading = FocusReading(
             None,
             None,
@@ -167,20 +181,13 @@ class Held:
             noise=look.noise,
         )
         z_um = None if image == "moving" else self.z_um
-        index = {"t": self.frame, "p": 0, "c": 0, "z": 0}
-        if image != "none":
-            self.unread.append(
-                Estimate(
-                    *("test", self.frame, None, None, False, 0.0, 1.0, z_um, 0.0),
-                    index,
-                    now_ns + 1,
-                    0,
-                    reading,
-                )
-            )
-        while len(self.unread) > self.late:
-            self.holder.take(self.unread.popleft())
-        return away
+        return Estimate(
+            *("test", self.frame, None, None, False, 0.0, 1.0, z_um, 0.0),
+            {"t": self.frame, "p": 0, "c": 0, "z": 0},
+            round(self.frame * self.interval_s * 1e9) + 1,
+            0,
+            reading,
+        )
 
 
 def test_a_drift_is_followed_past_bad_frames(field: Field) -> None:
@@ -387,6 +394,37 @@ def test_three_images_of_nothing_lose_a_place(field: Field) -> None:
     for _ in range(4):
         held.visit("blank")
     assert held.holder.lost(HERE)
+
+
+def test_images_of_a_lost_place_do_not_lose_it_again_once_it_is_found(
+    field: Field,
+) -> None:
+    held = Held(field, Limits(-50, 50))
+    for _ in range(4):
+        held.visit("blank")
+    for _ in range(600):  # in a plan nobody asks for a correction meanwhile
+        held.frame += 1
+        held.holder.take(held.image("blank"))
+    assert len(held.holder._arrived) == 512
+    found_s = held.frame + 1.0
+    held.frame += 2
+    looks = [held.seen(away) for away in (1.3, -0.9, 0.0)]
+    held.holder.begin(HERE, found_s, FOUND_UM, looks)
+    held.holder.correction_um(HERE, found_s + 1, round((found_s + 1) * 1e9))
+    assert not held.holder.lost(HERE)
+    assert not held.holder._arrived
+    held.visit()
+    held.holder.correction_um(HERE, found_s + 2, round((found_s + 2) * 1e9))
+    assert held.holder.explains(HERE)
+
+
+def test_images_of_places_that_nobody_holds_are_not_kept(field: Field) -> None:
+    held = Held(field, Limits(-50, 50))
+    elsewhere = replace(held.image("good"), index={"t": 0, "p": 1, "c": 0, "z": 0})
+    held.holder.take(elsewhere)
+    assert not held.holder._arrived
+    held.holder.take(held.image("good"))
+    assert len(held.holder._arrived) == 1
 
 
 def test_new_places_start_on_the_plate() -> None:
