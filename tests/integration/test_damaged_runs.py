@@ -93,6 +93,8 @@ def test_a_damaged_plane_is_read_by_nobody(damage, run) -> None:
     assert shown.picture((1, 0, 0, 0)).flags is Flag.UNREADABLE
     (problem,) = check_run(run).problems
     assert problem.startswith("frame 2 in raw: ")
+    said = {"gone": "absent", "empty": "empty"}.get(damage, "cannot be decoded: ")
+    assert said in problem
 
 
 @pytest.mark.parametrize(

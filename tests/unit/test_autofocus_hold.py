@@ -1,12 +1,16 @@
 """Hold: what one position's images tell, and what the stage is sent to."""
 
 from collections import deque
+from dataclasses import replace as replace_field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
+from numpy.typing import NDArray
 from pymmcore_plus import CMMCorePlus
+from scipy.stats import norm
 
 from rtfocus.autofocus.appearance import (
     EDGES,
@@ -379,6 +383,103 @@ def test_places_settle_for_one_another_which_way_they_drift() -> None:
         late.append(abs(focus - drift.focus(place, time_s)))
     assert np.mean(late[-3 * places :]) < 0.25
     assert max(late[-3 * places :]) < 0.6
+
+
+class JointFilter:
+    """A Kalman filter of drift, speed and all heights at once, by the textbook."""
+
+    def __init__(self, course: Any) -> None:
+        self.mean, self.covariance = course.state, course.covariance
+
+    def ahead(self, step_s: float, noise: NDArray[np.float64]) -> None:
+        move = np.eye(len(self.mean))
+        move[0, 1] = step_s
+        self.mean = move @ self.mean
+        self.covariance = move @ self.covariance @ move.T
+        self.covariance[:2, :2] += noise
+        # What a course supposes: heights tell of each other by the present state alone.
+        state, ties = self.covariance[:2, :2], self.covariance[2:, :2]
+        own = np.diag(self.covariance)[2:].copy()
+        self.covariance[2:, 2:] = ties @ np.linalg.solve(state, ties.T)
+        np.fill_diagonal(self.covariance[2:, 2:], own)
+
+    def begun(self, place: int, focus: float, variance: float) -> None:
+        # The height is what the search found less the drift.
+        take = np.eye(max(len(self.mean), place + 3), len(self.mean))
+        take[place + 2] = 0.0
+        take[place + 2, 0] = -1.0
+        self.mean = take @ self.mean
+        self.mean[place + 2] += focus
+        self.covariance = take @ self.covariance @ take.T
+        self.covariance[place + 2, place + 2] += variance
+
+    def seen(self, place: int, mode: Mode) -> float:
+        """Take a reading in, and return how likely it was."""
+        look = np.zeros(len(self.mean))
+        look[0] = look[place + 2] = 1.0
+        variance = look @ self.covariance @ look + mode.sd_um**2
+        away = mode.mean_um - look @ self.mean
+        gain = self.covariance @ look / variance
+        self.mean = self.mean + gain * away
+        self.covariance = self.covariance - np.outer(gain, gain) * variance
+        return float(norm.pdf(away, scale=np.sqrt(variance)))
+
+
+def test_a_course_is_a_kalman_filter_of_the_drift_and_all_heights() -> None:
+    rng = np.random.default_rng(7)
+    course = Drift(0.0)._courses[0]
+    joint = JointFilter(course)
+    for step in range(60):
+        place = int(rng.integers(4)) if step >= 4 else step
+        still = replace_field(course, covariance=np.zeros((2, 2)))
+        step_s = float(rng.uniform(0.1, 20.0))
+        joint.ahead(step_s, still.ahead(step_s).covariance)
+        course = course.ahead(step_s)
+        if step < 4 or step == 30:  # found, and found anew
+            focus = float(rng.normal(0, 3))
+            joint.begun(place, focus, 0.01)
+            course = course.begun(place, focus, 0.01)
+        else:
+            expected = float(joint.mean[0] + joint.mean[place + 2])
+            mode = Mode(0.7, expected + float(rng.normal(0, 0.5)), 0.4)
+            before = course.weight
+            likely = joint.seen(place, mode)
+            course = course.seen(place, mode)
+            assert course.weight == pytest.approx(before * 0.7 * likely, rel=1e-3)
+            course = replace_field(course, weight=1.0)
+        known = joint.covariance
+        close = {"rtol": 1e-3, "atol": 1e-4}
+        np.testing.assert_allclose(course.state, joint.mean[:2], **close)
+        np.testing.assert_allclose(course.heights, joint.mean[2:], **close)
+        np.testing.assert_allclose(course.covariance, known[:2, :2], **close)
+        np.testing.assert_allclose(course.ties, known[2:, :2], **close)
+        np.testing.assert_allclose(course.variances, np.diag(known)[2:], **close)
+
+
+def test_what_a_drift_may_do_in_two_steps_it_may_do_in_one() -> None:
+    course = Drift(0.0)._courses[0].begun(0, 1.0, 0.04).ahead(5.0)
+    once, twice = course.ahead(70.0), course.ahead(30.0).ahead(40.0)
+    np.testing.assert_allclose(once.covariance, twice.covariance, rtol=1e-9)
+    np.testing.assert_allclose(once.ties, twice.ties, rtol=1e-9)
+    # Beside a speed that stays, the drift wanders, and so does the speed.
+    grown = course.ahead(100.0).covariance - course.covariance
+    speed_sd = np.sqrt(course.covariance[1, 1])
+    assert np.sqrt(grown[0, 0]) > 100.0 * speed_sd
+    assert 0.0 < np.sqrt(grown[1, 1]) < speed_sd
+
+
+def test_a_course_that_may_be_lost_knows_less_and_counts_less() -> None:
+    course = Drift(0.0)._courses[0].begun(0, 1.0, 0.04)
+    lost = course.lost()
+    more = lost.covariance - course.covariance
+    assert more[0, 0] > 0.0
+    assert more[1, 1] > 0.0
+    assert more[0, 1] == more[1, 0] == 0.0
+    assert lost.weight < 0.1 * course.weight
+    assert course.is_like(lost)
+    assert not course.is_like(
+        replace_field(lost, state=course.state + np.array([1.0, 0.0]))
+    )
 
 
 def test_two_sides_of_focus_are_two_modes() -> None:
