@@ -13,7 +13,7 @@ from PIL import Image
 
 from rtfocus.errors import InputError, OutputError
 from rtfocus.images.reading import open_images, stretch_histogram
-from rtfocus.images.series import ImageSeries, checked_image, loss_of
+from rtfocus.images.series import ImageSeries, checked_image, loss_of, stem_of
 
 
 def numbered(sizes: dict[str, int], shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -180,6 +180,9 @@ def test_stretching_is_linear_from_0_to_255():
         ([0.0, -1e300], "float64", "up to 1e\\+300, beyond the range"),
         ([0.0, 1e-300], "float64", "up to 1e-300, beyond the range"),
         ([0.0, 1e-9], "float64", None),
+        ([0.0, float(np.finfo(np.float32).tiny)], "float64", None),
+        ([0.0, 1e-40], "float64", "up to 1e-40, beyond the range"),
+        ([0.0, 1e-40], "float32", None),  # what it was saved as holds it
         ([0.0, 0.0], "float64", None),
         ([np.nan, np.inf], "float64", None),
         ([1.0, 2.0], "complex64", "is complex"),
@@ -189,6 +192,26 @@ def test_stretching_is_linear_from_0_to_255():
 def test_what_float32_cannot_hold_is_no_image(values, dtype, said) -> None:
     told = loss_of(np.array([values], dtype))
     assert told is None if said is None else re.search(said, told or "")
+
+
+def test_names_hold_nothing_that_a_result_could_not() -> None:
+    plain = as_series(numbered({"t": 1, "c": 1, "z": 1}, (4, 4), "uint8"))
+    odd = replace(plain, name="a\0b", position="\x1bleft")
+    assert (odd.name, odd.position) == ("a\ufffdb", "\ufffdleft")
+    assert plain.position is None
+
+
+@pytest.mark.parametrize(
+    ("file", "stem"),
+    [
+        ("a.OME.tif", "a"),
+        ("b.ome.zarr", "b"),
+        (".ome.tif", ".ome"),
+        ("home.tif", "home"),
+    ],
+)
+def test_a_name_without_the_ending_of_its_format(file, stem) -> None:
+    assert stem_of(Path(file)) == stem
 
 
 def test_pixels_are_square_where_one_side_is_stated_or_both_agree() -> None:

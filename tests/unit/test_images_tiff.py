@@ -276,6 +276,34 @@ def test_a_cut_off_file_is_refused_before_any_work(tmp_path, compression) -> Non
         open_images(path)
 
 
+@pytest.mark.parametrize("sides", [(64, 47), (47, 64)])
+def test_a_file_cut_off_in_the_last_of_its_images_is_refused(tmp_path, sides) -> None:
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        for side in sides:
+            file.write(np.ones((side, side), "u2"), metadata=None)
+    assert len(open_images(path)) == 2
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cut off"):
+        open_images(path)
+
+
+@pytest.mark.parametrize("folder", ["", "D:\\data\\", "data/"])
+def test_a_missing_file_is_named_without_the_folder_it_once_lay_in(
+    tmp_path, folder
+) -> None:
+    data = "".join(
+        f'<TiffData FirstC="{c}" IFD="0" PlaneCount="1">'
+        f'<UUID FileName="{folder}{name}.ome.tif">urn:uuid:{c}</UUID></TiffData>'
+        for c, name in enumerate("ab")
+    )
+    image = f'<Image ID="i" Name="m">{ome_pixels(data, C=2)}</Image>'
+    xml = ome_xml(image, 'UUID="urn:uuid:0"')
+    path = write_pages(tmp_path / "a.ome.tif", [flat(1)], xml)
+    with pytest.raises(InputError, match=r"lacks 'b\.ome\.tif'"):
+        open_images(path)
+
+
 def test_many_files_are_read_in_turn_without_many_handles(tmp_path) -> None:
     count = MAX_OPEN_FILES + 6
     for number in range(count):

@@ -95,6 +95,24 @@ def test_each_image_of_an_ome_tiff_has_its_own_size_and_y_its_own(tmp_path) -> N
         _ = flatter.pixel_size_um
 
 
+@pytest.mark.parametrize("axes", ["", "X", "Y", "XY"])
+def test_the_resolution_tags_count_where_the_ome_xml_has_no_size(
+    tmp_path, axes
+) -> None:
+    stated = {f"PhysicalSize{axis}": 0.65 for axis in axes}
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        flat(1),
+        ome=True,
+        metadata={"axes": "YX", **stated},
+        resolution=(1e4 / 0.325, 1e4 / 0.325),
+        resolutionunit="CENTIMETER",
+    )
+    (series,) = open_images(tmp_path / "a.tif")
+    um = 0.65 if axes else 0.325
+    assert series.pixel_size_um == pytest.approx(um, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("per_unit", "unit", "um"),
     [

@@ -64,6 +64,16 @@ def test_y_x_and_z_have_their_own_steps_and_channels_their_display(tmp_path) -> 
     assert (channel.window.low, channel.window.high) == (0, 4095)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_display_of_another_number_of_channels_is_of_none(tmp_path, count) -> None:
+    omero = {"channels": [{"label": f"C{n}"} for n in range(count)]}
+    pixels = np.stack([flat(1), flat(2)])
+    write_ngff(tmp_path / "a.zarr", pixels, ngff_axes("cyx"), more={"omero": omero})
+    (series,) = open_images(tmp_path / "a.zarr")
+    names = [channel.name for channel in series.channels]
+    assert names == (["C0", "C1"] if count == 2 else [])
+
+
 def test_axes_in_any_order_and_time_step(tmp_path) -> None:
     pixels = np.arange(96 * 2, dtype="u2").reshape(12, 8, 2)
     axes = [*ngff_axes("xy"), {"name": "t", "type": "time", "unit": "millisecond"}]
