@@ -415,8 +415,15 @@ def _resolve_paths(
 ) -> Any:
     """Make input paths absolute; `run.folder` stays relative to where one works."""
     if isinstance(section, Path):
-        is_typed = any(list(at[: len(key)]) == key for key in typed)
-        return _resolve(section, Path.cwd() if is_typed else folder)
+        here = _resolve(section, Path.cwd())
+        if any(list(at[: len(key)]) == key for key in typed):
+            return here
+        beside = _resolve(section, folder)
+        if os.path.exists(here) and not os.path.exists(beside):
+            where = "paths in a config begin at its folder"
+            msg = f"{'.'.join(at)}: {where}, and there is no '{beside}'; write '{here}'"
+            raise ConfigError(msg)
+        return beside
     if isinstance(section, list):
         numbered = enumerate(section)
         return [_resolve_paths(one, folder, typed, *at, str(n)) for n, one in numbered]

@@ -153,6 +153,22 @@ def test_input_paths_are_relative_to_the_file_and_run_folder_is_not(
     assert typed.camera.flat_field == config.camera.flat_field
 
 
+def test_a_path_from_where_one_works_is_answered_with_what_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "configs").mkdir()
+    (flat := tmp_path / "flat.tif").touch()
+    path = write(folder, {"camera": {"flat_field": "flat.tif"}})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"camera\.flat_field: .*its folder"
+    ) as caught:
+        load_config(path)
+    assert f"write '{flat}'" in str(caught.value)
+    (folder / "flat.tif").touch()
+    assert load_config(path).camera.flat_field == folder / "flat.tif"
+
+
 def test_the_key_on_is_a_word_and_no_truth_value(tmp_path: Path) -> None:
     path = tmp_path / "alarm.yaml"
     path.write_text("alarm: {on: [disk, end], sound: on}", "utf-8")
