@@ -317,14 +317,13 @@ def config_text(found: Calibration, *, channel: str) -> str:
 
 def optics_block(system: OpticalSystem) -> dict[str, Any]:
     """Return the optics as a config writes them: rounded, without the defaults."""
-    plain = OpticalSystem(
-        system.numerical_aperture, system.wavelength_nm, system.pixel_size_um
-    )
+    needed = ("numerical_aperture", "wavelength_nm", "pixel_size_um")
+    # Any in air: of an immersion's NA there are none.
+    plain = asdict(OpticalSystem(0.5, 500.0, 1.0))
     given = {
         name: value
         for name, value in _rounded(asdict(system)).items()
-        if name in ("numerical_aperture", "wavelength_nm", "pixel_size_um")
-        or value != asdict(plain)[name]
+        if name in needed or value != plain[name]
     }
     aberrations = given.get("aberrations")
     if aberrations is not None:

@@ -24,7 +24,7 @@ import zmq
 import zmq.auth
 
 from rtfocus.config.sections import TransportConfig
-from rtfocus.errors import ConfigError, TransportError
+from rtfocus.errors import ConfigError, OutputError, TransportError
 
 SERVER, CLIENT = "server", "client"
 """Names of the microscope side's and the processor's certificate."""
@@ -39,13 +39,13 @@ def create_keys(folder: Path) -> Path:
 
     Raises
     ------
-    ConfigError
+    OutputError
         If the folder already holds keys, which are never replaced, or cannot be
         written.
     """
     if found := sorted(folder.rglob("*.key*")):
         msg = f"'{folder}' already holds CURVE keys ({found[0].name}); choose another"
-        raise ConfigError(msg)
+        raise OutputError(msg)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / "clients").mkdir(exist_ok=True)
@@ -56,7 +56,7 @@ def create_keys(folder: Path) -> Path:
         shutil.copy(folder / "client.key", folder / "clients" / "client.key")
     except OSError as error:
         msg = f"cannot write keys to '{folder}': {error.strerror}; choose another"
-        raise ConfigError(msg) from error
+        raise OutputError(msg) from error
     return folder
 
 

@@ -125,6 +125,7 @@ def test_keys_say_who_needs_which_and_are_what_the_remedy_names(tmp_path):
     for name in ("server.key_secret", "client.key_secret", "clients/client.key"):
         assert name in said
         assert (folder / name).is_file()
-    assert "already holds CURVE keys" in failed(command("keys", folder))
+    again = command("keys", folder)
+    assert "already holds CURVE keys" in failed(again, ExitCode.INPUT)
     far = ["--set", "transport.control=tcp://0.0.0.0:*", "--quiet"]
     assert "rtfocus keys" in failed(command("acquire", "replay", *far))

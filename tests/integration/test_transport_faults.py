@@ -27,7 +27,7 @@ from transport_kit import (
 )
 
 from rtfocus.config.sections import PreviewConfig
-from rtfocus.errors import ConfigError, ProtocolError, TransportError
+from rtfocus.errors import ConfigError, OutputError, ProtocolError, TransportError
 from rtfocus.frame import FrameHeader
 from rtfocus.metrics import Accounting
 from rtfocus.transport import messages as m
@@ -380,10 +380,10 @@ class TestCurve:
     def test_keys_are_never_replaced(self, tmp_path: Path) -> None:
         create_keys(tmp_path)
         before = {p: p.read_bytes() for p in tmp_path.rglob("*.key*")}
-        with pytest.raises(ConfigError, match="already holds"):
+        with pytest.raises(OutputError, match="already holds"):
             create_keys(tmp_path)
         (tmp_path / "server.key_secret").unlink()
-        with pytest.raises(ConfigError, match="already holds"):
+        with pytest.raises(OutputError, match="already holds"):
             create_keys(tmp_path)
         assert all(
             path.read_bytes() == content
@@ -399,7 +399,7 @@ class TestCurve:
                 assert secret.stat().st_mode & 0o077 == 0
         taken = tmp_path / "file"
         taken.write_text("x", "utf-8")
-        with pytest.raises(ConfigError, match="cannot write keys"):
+        with pytest.raises(OutputError, match="cannot write keys"):
             create_keys(taken / "keys")
 
     def test_missing_keys_name_the_file_and_the_remedy(self, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import pytest
 
 from rtfocus.calibration.bead_fit import BeadPlanes, find_beads
 from rtfocus.calibration.pair_fit import measure_psf
-from rtfocus.calibration.report import match_planes
+from rtfocus.calibration.report import Calibration, config_text, match_planes
 from rtfocus.calibration.stack_fit import StackPlanes
 from rtfocus.calibration.through_focus import fit_through_focus
 from rtfocus.channel import Aberrations, OpticalSystem
+from rtfocus.images.optics import read_optics
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.specimens import draw_specimen
@@ -161,3 +162,17 @@ def test_a_bead_that_cannot_be_fitted_is_refused() -> None:
         BeadPlanes(np.ones((4, 30, 30)), np.arange(4), pixel_size_um=0.1)
     with pytest.raises(ValueError, match="cut off"):
         BeadPlanes(np.ones((6, 7, 7)), np.arange(6), pixel_size_um=0.1)
+
+
+@pytest.mark.parametrize(
+    "fitted",
+    [
+        TRUTH,
+        OpticalSystem(1.2, 520.0, 0.1, 1.33),
+        OpticalSystem(1.3, 520.0, 0.1, 1.518, aberrations=Aberrations(0.1, 0.2)),
+    ],
+)
+def test_optics_of_any_immersion_are_written_as_they_were_found(fitted, tmp_path):
+    path = tmp_path / "optics.yaml"
+    path.write_text(config_text(Calibration(fitted, "", (), {}, []), channel="a"))
+    assert read_optics(str(path)) == fitted
