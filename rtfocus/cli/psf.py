@@ -8,7 +8,7 @@ autofocus against a z-stack through focus.
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tifffile
@@ -43,6 +43,7 @@ from rtfocus.cli.commands import (
     OverwriteOption,
     SetOption,
     read_config,
+    refuse_options,
 )
 from rtfocus.cli.display import passing_time, share_bar
 from rtfocus.cli.endings import heeding, interruptible
@@ -168,24 +169,28 @@ def fit(
         raise ConfigError(msg)
     guard = OutputGuard([*(pairs or ()), stack, beads], overwrite=overwrite)
     guard.claim_report(output, FIGURES_NAME, REPORT_NAMES)
+    of_pairs = {"--defocus-um": defocus_um, "--only": only}
+    of_planes = {"--step-um": step_um, "--z-csv": z_csv}
+    refuse_options(of_planes if pairs else of_pairs, "pairs and stacks have their own")
     stated = None
     if config is not None:
+        of_config = {"--na": na, "--wavelength-nm": wavelength_nm}
+        refuse_options(of_config, "the optics are those of --config")
         channel, stated = read_config(config, None).optics_of(channel)
 
     def nominal(pixel_um: float | None) -> OpticalSystem:
         return stated or _optics(na, wavelength_nm, pixel_um, refractive_index)
 
-    free = {"fit_aperture": not fixed_na, "fit_astigmatism": astigmatism}
+    free: Any = {"fit_aperture": not fixed_na, "fit_astigmatism": astigmatism}
     if pairs is not None:
         if not defocus_um:
             msg = "--pairs need their nominal defocus, not 0: --defocus-um"
             raise ConfigError(msg)
         read = read_pairs(*pairs, most=most_pairs, only=only or ("*",))
-        start = nominal(pixel_size_um)
         with passing_time("fitting the optics to the pairs"):
             found = calibrate_from_pairs(
                 read,
-                start,
+                nominal(pixel_size_um),
                 nominal_defocus_um=defocus_um,
                 defocus_is_exact=exact_defocus,
                 **free,
@@ -199,14 +204,10 @@ def fit(
             descending=z_increases == "nearer",
         )
         start = nominal(pixel_size_um or planes.pixel_size_um)
+        free |= {"bead_diameter_um": bead_diameter_um} if beads else {}
+        calibrate = calibrate_from_beads if beads else calibrate_from_stack
         with passing_time("fitting the optics to the stack"):
-            found = (
-                calibrate_from_stack(planes, start, **free)
-                if stack is not None
-                else calibrate_from_beads(
-                    planes, start, bead_diameter_um=bead_diameter_um, **free
-                )
-            )
+            found = calibrate(planes, start, **free)
     with guard.report(output, FIGURES_NAME, REPORT_NAMES) as part:
         files = write_calibration(part, found, channel=channel or "default")
     _tell(found, [output / file.name for file in files])
@@ -231,8 +232,7 @@ def _tell(found: Calibration, paths: list[Path]) -> None:
     console.print(found.statement, highlight=False)
     for warning in found.warnings:
         console.print(f"[yellow]doubtful:[/] {warning}", highlight=False)
-    for path in paths:
-        typer.echo(str(path))
+    typer.echo("\n".join(map(str, paths)))
 
 
 def kernels(

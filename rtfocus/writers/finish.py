@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.errors import WriterError, writing
+from rtfocus.errors import InputError, WriterError, writing
 from rtfocus.files import refuse_links, remove, replace
 from rtfocus.frame import AXES, FrameResult
 from rtfocus.writers.arrays import RunImages
@@ -173,8 +173,10 @@ def complete_restoration(
 
     Raises
     ------
+    InputError
+        If the run is unfinished.
     WriterError
-        If the run is unfinished, keeps no raw frames or cannot be written.
+        If it keeps no raw frames or cannot be written.
     """
     header = read_header(folder)
     refuse_links(folder)
@@ -187,7 +189,7 @@ def _complete(
 ) -> int:
     if not is_finished(folder):
         msg = f"'{folder}' is not finished; first: rtfocus check {folder} --repair"
-        raise WriterError(msg)
+        raise InputError(msg)
     plan = Plan(header.series)
     images = RunImages(folder, header, create=False)
     if not {RAW, RESTORED} <= set(images.names):

@@ -263,6 +263,8 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path)
     output = tmp_path / "cut.ome.tif"
     said = failed(command("export", folder, "-o", output))
     assert "is not finished" in said
+    unrestored = failed(command("restore", folder), ExitCode.INPUT)
+    assert "is not finished" in unrestored
     table = tmp_path / "so_far.csv"
     assert "exported 1 frame to" in succeeded(command("export", folder, "-o", table))
     assert f"rtfocus check {folder} --repair" in said

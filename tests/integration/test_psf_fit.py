@@ -188,6 +188,19 @@ def test_what_cannot_be_fitted_is_refused_by_name(
         run(*OPTICS)
     with pytest.raises(ConfigError, match="--na, --wavelength-nm"):
         run("--pairs", sharp, blurred, "--defocus-um", "8")
+    for options, said in (
+        (
+            ("--pairs", sharp, blurred, *pairs, "--step-um", "1"),
+            "--step-um .* have their own",
+        ),
+        (
+            ("--stack", sharp, "--only", "f0", *OPTICS),
+            "--only cannot .* have their own",
+        ),
+        (("--stack", sharp, "--config", "demo", "--na", "1"), "--na cannot .*--config"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run(*options)
 
 
 def test_a_stack_without_distances_is_refused(tmp_path: Path) -> None:
