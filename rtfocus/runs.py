@@ -239,6 +239,10 @@ class Run:
         """
         return self.image("expected_error")
 
+    @cached_property
+    def _places(self) -> list[str]:
+        return position_paths(self.series.positions)
+
     def image(self, kind: Kind, position: int | str = 0) -> RunImage:
         """Return an image of the run.
 
@@ -261,7 +265,7 @@ class Run:
             msg = f"'{self.folder}' has no position {position!r}; it has {_few(names)}"
             raise InputError(msg)
         store = store_path(self.folder, kind)
-        place = store / position_paths(self.series.positions)[position]
+        place = store / self._places[position]
         place /= kind if kind in INNER else ""
         try:
             group = open_zarr(place)

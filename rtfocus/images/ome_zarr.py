@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,8 @@ class RunStore(WrapperStore[LocalStore]):
         super().__init__(LocalStore(path, read_only=True))
         self._below = path.relative_to(journal.parent).as_posix()
         self._journal = journal
-        header = msgspec.json.decode(header_file.read_bytes())
-        self._shard_frames = int(header["store"]["shard_frames"])
-        unknown = {"plate_row": "", "plate_column": "", "field": 0}
-        given = [unknown | one for one in header["series"]["positions"]]
-        wells = ["{plate_row}/{plate_column}/{field}/".format(**one) for one in given]
-        numbers = [f"{p}/" for p in range(len(given))] if len(given) > 1 else [""]
-        in_wells = all(one["plate_row"] and one["plate_column"] for one in given)
-        self._places = wells if in_wells else numbers
+        changed_ns = header_file.stat().st_mtime_ns
+        self._shard_frames, self._places = _laid_out(header_file, changed_ns)
         self._recorded: set[str] = set()
         self._taken = 0
 
@@ -92,6 +87,18 @@ class RunStore(WrapperStore[LocalStore]):
             inner = "" if name in ("raw", "restored", "defocus") else f"{name}/"
             shard = f"0/c.{t // self._shard_frames}.{c}.{z}.0.0"
             self._recorded.add(f"{outer}.ome.zarr/{self._places[p]}{inner}{shard}")
+
+
+@lru_cache(maxsize=1)
+def _laid_out(header_file: Path, _changed_ns: int) -> tuple[int, list[str]]:
+    """Return frames of a shard, and where positions lie: read once for all of them."""
+    header = msgspec.json.decode(header_file.read_bytes())
+    frames = int(header["store"]["shard_frames"])
+    given = header["series"]["positions"]
+    wells = [(p.get("plate_row"), p.get("plate_column"), p.get("field")) for p in given]
+    if all(row and column for row, column, _ in wells):
+        return frames, [f"{row}/{column}/{field or 0}/" for row, column, field in wells]
+    return frames, [f"{p}/" for p in range(len(given))] if len(given) > 1 else [""]
 
 
 def open_zarr(path: Path) -> "zarr.Group | zarr.Array[Any]":
@@ -269,14 +276,13 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
         msg = f"{whose} has more than {MOST_PLANES} planes"
         raise InputError(msg)
     facts = _facts(ome, axes, lengths.get("c", 1))
-    stem = stem_of(path)
     several = len(ome["multiscales"])
     notes = _unread_transformations(ome["multiscales"][0])
     if several > 1:
         notes += (f"the first of {several} multiscales is read, the others left out",)
     for place in itertools.product(*(range(axis.length) for axis in own)):
         fixed = {axis.name: n for axis, n in zip(own, place, strict=True)}
-        parts = [stem, name, *(f"{axis}{n}" for axis, n in fixed.items())]
+        parts = [stem_of(path), name, *(f"{axis}{n}" for axis, n in fixed.items())]
         yield ImageSeries(
             name="_".join(part for part in parts if part),
             path=path,
@@ -325,14 +331,8 @@ def _axes(
     axes = []
     for axis, length, step, factor in zip(named, shape, steps, factors, strict=True):
         known = [number for number in (step, factor) if number is not None]
-        axes.append(
-            _Axis(
-                name=str(axis["name"]).lower(),
-                unit=axis.get("unit"),
-                length=int(length),
-                scale=float(np.prod(known)) if known else None,
-            )
-        )
+        scale = float(np.prod(known)) if known else None
+        axes.append(_Axis(str(axis["name"]).lower(), axis.get("unit"), length, scale))
     names = [axis.name for axis in axes]
     if len(set(names)) < len(names):
         msg = f"axes {names} have one name twice"

@@ -14,6 +14,7 @@ from writer_kit import indices, make_series, numbered, recording
 
 from rtfocus.errors import ExitCode, InputError, WriterError
 from rtfocus.frame import FrameResult, Position, SeriesStart
+from rtfocus.images import ome_zarr
 from rtfocus.images.reading import open_images
 from rtfocus.napari.reader import read_layers
 from rtfocus.runs import open_run
@@ -95,6 +96,21 @@ def test_a_damaged_plane_is_read_by_nobody(damage, run) -> None:
     assert problem.startswith("frame 2 in raw: ")
     said = {"gone": "absent", "empty": "empty"}.get(damage, "cannot be decoded: ")
     assert said in problem
+
+
+def test_a_header_is_read_once_for_all_positions_and_anew_for_another_run(run) -> None:
+    ome_zarr._laid_out.cache_clear()
+    for _ in range(3):
+        opened = open_run(run)
+        assert [opened.image("raw", p)[0].any() for p in (0, 1)] == [True, True]
+    assert ome_zarr._laid_out.cache_info().misses == 1
+    shutil.rmtree(run)
+    record(run, WELLS)  # its frames lie in other folders
+    (run / "raw.ome.zarr/B/03/1/0/c.2.0.0.0.0").unlink()
+    opened = open_run(run)
+    assert opened.image("raw", 0)[1].any()
+    with pytest.raises(InputError, match="is gone or empty"):
+        opened.image("raw", 0)[2]
 
 
 @pytest.mark.parametrize(
