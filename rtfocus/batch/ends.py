@@ -1,10 +1,7 @@
 """Ends: how a batch begins, and how its output comes to its place."""
 
-import csv
-import io
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,36 +9,26 @@ from typing import Any, NamedTuple
 import msgspec
 
 from rtfocus import __version__, files
+from rtfocus.batch.findings import ErrorMaps, Findings, StatedErrors, texts_of
 from rtfocus.batch.plan import (
     BatchJob,
     BatchPlan,
     Failure,
     Form,
     Ledger,
-    StatedErrors,
     Unit,
     digest,
     read_state,
     text_of,
     units_of,
 )
-from rtfocus.batch.work import error_map, image_row, image_set_of
+from rtfocus.batch.work import image_set_of
 from rtfocus.errors import ConfigError, InputError, OutputError, writing
-from rtfocus.frame import FrameResult
-from rtfocus.image_set import ImageSet
-from rtfocus.images.metadata import OutputImage, table_text
-from rtfocus.images.outputs import ImageOutput, OutputGuard, TextKind, json_text
+from rtfocus.images.metadata import OutputImage
+from rtfocus.images.outputs import ImageOutput, OutputGuard, TextKind
 from rtfocus.images.reading import BrokenImage, FoundImages, companions, find_images
-from rtfocus.images.series import ImageSeries, writable_text
+from rtfocus.images.series import ImageSeries
 from rtfocus.images.zarr_writing import places_in_zarr, prepare_zarr
-
-COLUMNS = (
-    *("image", "name", "plate", "well", "field", "position", "channel"),
-    *("t", "c", "z", "z_um", "z_offset_um"),
-    *("level", "defocus_um", "signed", "uncertainty_um", "confidence"),
-    *("foreground", "out_of_focus", "classifier", "optics", "status", "why"),
-)
-"""Of the table that ``classify`` writes, called as in its JSON and in a run's table."""
 
 
 class Begun(NamedTuple):
@@ -270,7 +257,7 @@ class Batch:
             None if table is None else Path(table),
         )
 
-    def _maps(self, guard: OutputGuard) -> "ErrorMaps":
+    def _maps(self, guard: OutputGuard) -> ErrorMaps:
         """Return what writes the errors that are stated; its place is claimed."""
         output = self.job.expected_error
         place = None if output is None else Path(output)
@@ -296,100 +283,6 @@ class Batch:
 
     def _as_given(self, path: str) -> str:
         return str(Path(self.job.given) / Path(path).relative_to(self.job.source))
-
-
-def texts_of(json_file: Path | None, table: Path | None) -> list[tuple[Path, TextKind]]:
-    """Return the files that are asked of ``classify``, with their kinds."""
-    texts: list[tuple[Path, TextKind]] = []
-    if json_file is not None:
-        texts.append((json_file, "json"))
-    return texts if table is None else [*texts, (table, "csv")]
-
-
-class Findings(NamedTuple):
-    """What ``classify`` found in images."""
-
-    engine: str | None
-    rows: list[dict[str, Any]]
-    """Of their planes, see `plane_row`."""
-    broken: list[BrokenImage]
-    root: Path
-    """The input, as paths in `rows` and `broken` begin."""
-
-    def text(self, kind: TextKind) -> str:
-        """Return all of it as JSON, or as a table."""
-        if kind == "csv":
-            return self._table()
-        content: dict[str, Any] = {"engine": self.engine, "images": self.rows}
-        if self.broken:
-            content["broken"] = [one.reason for one in self.broken]
-        return json_text(content)
-
-    def _table(self) -> str:
-        """Return a row for every plane, and for every image that cannot be read."""
-        file = io.StringIO()
-        table = csv.DictWriter(
-            file, COLUMNS, extrasaction="ignore", lineterminator="\n"
-        )
-        table.writeheader()
-        for row in self.rows:
-            known = {**row, **row["index"], **(row["estimate"] or {})}
-            known["image"] = self._within(Path(row["path"]))
-            table.writerow({**known, "status": "classified"})
-        for one in self.broken:
-            known = {} if one.image is None else image_row(one.image)
-            known |= {"image": self._within(one.path), "why": one.reason}
-            table.writerow({**known, "status": "broken"})
-        return table_text(writable_text(file.getvalue()))
-
-    def _within(self, path: Path) -> str:
-        """Return where an image lies in the input, with the same slashes everywhere."""
-        if path == self.root or not path.is_relative_to(self.root):
-            return path.absolute().name
-        return path.relative_to(self.root).as_posix()
-
-
-class ErrorMaps:
-    """The error expected to be left in restored images, a pixel per tile.
-
-    Kept until all images are restored: a thousandth of their pixels. Arguments are as
-    of `ImageOutput`; without an output nobody asked for it.
-    """
-
-    def __init__(
-        self,
-        output: Path | None,
-        series: Sequence[ImageSeries],
-        guard: OutputGuard,
-        root: Path,
-    ) -> None:
-        self._place: ImageOutput | None = None
-        if output is not None:
-            self._place = ImageOutput(output, series, guard, root)
-        self._found: dict[int, StatedErrors] = {}
-
-    def note(self, number: int, result: FrameResult) -> None:
-        """Take in the next plane of an image."""
-        if self._place is not None:
-            self._found.setdefault(number, StatedErrors()).note(result)
-
-    def take(self, number: int, found: StatedErrors) -> None:
-        """Take in all planes of an image."""
-        self._found[number] = found
-
-    def write(self, images: ImageSet) -> None:
-        """Write those of images that were restored, once all are."""
-        if (place := self._place) is None:
-            return
-        # In a folder every image has a target, which stays empty of a broken one.
-        outputs = [
-            error_map(found, image, images.made(number))
-            for number, image in enumerate(images.series)
-            if (found := self._found.get(number, StatedErrors())).is_of(image)
-            or place.is_folder
-        ]
-        if outputs:
-            place.write(outputs)
 
 
 def new_plan(

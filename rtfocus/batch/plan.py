@@ -22,11 +22,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
-import numpy as np
 
 from rtfocus import files
 from rtfocus.errors import InputError, OutputError, writing
-from rtfocus.frame import FrameResult, TileGrid
 from rtfocus.images.series import ImageSeries, writable_text
 from rtfocus.images.zarr_writing import arrays_of
 
@@ -95,26 +93,6 @@ class Failure(msgspec.Struct, frozen=True):
 
     fault: Fault
     reason: str
-
-
-class StatedErrors(msgspec.Struct):
-    """The error expected to be left in the planes of an image, a number per tile."""
-
-    grid: TileGrid | None = None
-    planes: list[bytes] = []
-    """Each float32, little-endian."""
-
-    def note(self, result: FrameResult) -> None:
-        """Take in the next plane; NaN: nothing is stated of it."""
-        if result.defocus is not None:
-            self.grid, error = result.defocus.grid, result.expected_error
-            if error is None:
-                error = np.full((self.grid.rows, self.grid.columns), np.nan, np.float32)
-            self.planes.append(error.astype("<f4").tobytes())
-
-    def is_of(self, image: ImageSeries) -> bool:
-        """Tell whether all planes of an image are told of."""
-        return len(self.planes) == len(image)
 
 
 class BatchPlan(msgspec.Struct, frozen=True):

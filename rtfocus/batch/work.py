@@ -6,25 +6,22 @@ unit to the next.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from rtfocus import __version__, files
+from rtfocus.batch.findings import StatedErrors, plane_row
 from rtfocus.batch.plan import (
     BatchJob,
     BatchPlan,
     Failure,
     Fault,
     Ledger,
-    StatedErrors,
     Unit,
     content_of,
     digest_of_making,
@@ -32,14 +29,13 @@ from rtfocus.batch.plan import (
 )
 from rtfocus.config import parse_config
 from rtfocus.errors import EngineError, InputError, OutputError, RtfocusError, writing
-from rtfocus.frame import BACKGROUND, DefocusMap, FrameResult
 from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage
 from rtfocus.images.ome_xml import write_tiff
 from rtfocus.images.optics import StatedOptics
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.images.reading import companions, find_images, stretch_histogram
-from rtfocus.images.series import ContrastWindow, ImageSeries, StagePosition
+from rtfocus.images.series import ImageSeries
 from rtfocus.images.zarr_writing import fill_apart, put_in_place
 
 _MOST_SOURCES = 8
@@ -323,128 +319,3 @@ def _fault_of(error: BaseException) -> Fault:
     if isinstance(error, EngineError):
         return "engine"
     return "output" if isinstance(error, (OutputError, OSError)) else "other"
-
-
-def plane_row(
-    images: ImageSet,
-    number: int,
-    index: dict[str, int],
-    result: FrameResult,
-    *,
-    with_tiles: bool,
-) -> dict[str, Any]:
-    """Return what was found in a plane as plain values; unknown is None."""
-    series, estimate = images.series[number], result.estimate
-    told = ("level", "defocus_um", "signed", "confidence")
-    names, step = series.channel_names, series.z_step_um
-    of_stack = None if step is None else round(index["z"] * step, 9)
-    return {
-        **image_row(series),
-        "channel": names[index["c"]] if names else None,
-        "index": index,
-        # Files tell of the stage at the first plane alone.
-        "z_um": series.stage and (None if any(index.values()) else series.stage.z_um),
-        "z_offset_um": of_stack if index["z"] else 0.0,
-        "shape": list(series.shape),
-        "estimate": estimate and {name: getattr(estimate, name) for name in told},
-        "foreground": estimate and estimate.foreground,
-        **_shares(result.defocus),
-        "classifier": result.engines.get("classifier"),
-        **({"tiles": tile_rows(result)} if with_tiles else {}),
-        "optics": images.optics(number, index["c"]).describe(),
-    }
-
-
-def image_row(series: ImageSeries) -> dict[str, str | int | None]:
-    """Return which image it is as plain values; unknown is None."""
-    plate = well = field = None
-    if (place := series.place) is not None:
-        plate, field = place.plate, place.field
-        well = place.rows[place.row] + place.columns[place.column]
-    return {
-        "path": str(series.path),
-        "name": series.name,
-        "plate": plate,
-        "well": well,
-        "field": field,
-        "position": series.position,
-    }
-
-
-def _shares(found: DefocusMap | None) -> dict[str, float | None]:
-    """Return the share of tiles with specimen out of focus, and how far off they are.
-
-    The deviation is the median of what the tiles state.
-    """
-    shares: dict[str, float | None] = {"out_of_focus": None, "uncertainty_um": None}
-    if found is not None and (there := found.level != BACKGROUND).any():
-        shares["out_of_focus"] = float(np.mean(found.level[there] != 0))
-        if found.stated_um is not None:
-            shares["uncertainty_um"] = float(np.median(found.stated_um[there]))
-    return shares
-
-
-def error_map(
-    stated: StatedErrors, image: ImageSeries, made: Mapping[str, str]
-) -> OutputImage:
-    """Return errors that are stated as an image, placed where the tiles lie."""
-    grid = stated.grid
-    if grid is None or not stated.is_of(image):
-        return OutputImage(image, image.dtype, map(_not_restored, [image]))
-    found = [
-        np.frombuffer(plane, np.dtype("<f4")).reshape(grid.rows, grid.columns)
-        for plane in stated.planes
-    ]
-    shown = ContrastWindow(0.0, float(np.nan_to_num(found).max()) or 1.0)
-    size_y, size_x = image.pixel_size_y_um or 0.0, image.pixel_size_x_um or 0.0
-    stage, origin = image.stage or StagePosition(), grid.origin_px
-    like = replace(
-        image,
-        name=f"{image.name} expected error",
-        shape=(grid.rows, grid.columns),
-        pixel_size_y_um=round(grid.stride_px * size_y, 9) or None,
-        pixel_size_x_um=round(grid.stride_px * size_x, 9) or None,
-        stage=stage.moved(origin * size_y, origin * size_x),
-        channels=tuple(replace(one, window=shown) for one in image.channels),
-    )
-    told = {
-        "command": "restore --expected-error",
-        "values": "root mean square over a tile, in counts",
-        "tiles": f"of {grid.tile_px} px, every {grid.stride_px:g} px, the first "
-        f"around {grid.origin_px:g} px from the middle of the first pixel",
-        **made,
-    }
-    return OutputImage(like, np.dtype("<f4"), iter(found), told)
-
-
-def _not_restored(image: ImageSeries) -> NDArray[np.float32]:
-    msg = f"'{image.path}' was not restored"
-    raise InputError(msg)
-
-
-def tile_rows(result: FrameResult) -> list[dict[str, float | int | str | None]]:
-    """List the tiles of a result as plain values, row by row.
-
-    ``y`` and ``x`` are the upper left corner of the tile in frame pixels, cut at
-    the frame's edge; ``level`` and ``defocus_um`` are None for background.
-    """
-    return [] if result.defocus is None else list(_tile_rows(result.defocus))
-
-
-def _tile_rows(found: DefocusMap) -> Iterator[dict[str, float | int | str | None]]:
-    grid = found.grid
-    first = grid.origin_px - (grid.tile_px - 1) / 2
-    for row, column in np.ndindex(found.level.shape):
-        level = int(found.level[row, column])
-        empty = level == BACKGROUND
-        yield {
-            "y": max(0, round(first + row * grid.stride_px)),
-            "x": max(0, round(first + column * grid.stride_px)),
-            "level": None if empty else level,
-            "label": "bg" if empty else str(level),
-            "probability": float(found.confidence[row, column]),
-            "defocus_um": None if empty else float(found.defocus_um[row, column]),
-            "uncertainty_um": None
-            if empty or found.stated_um is None
-            else float(found.stated_um[row, column]),
-        }

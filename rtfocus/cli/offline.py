@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from rtfocus.batch.ends import ErrorMaps, Findings, texts_of
+from rtfocus.batch.findings import ErrorMaps, Findings, plane_row, texts_of
 from rtfocus.batch.plan import BatchJob, Command, content_of
 from rtfocus.batch.scheduler import WORKERS_S
-from rtfocus.batch.work import plane_row
 from rtfocus.cli.batch import (
     FinishOption,
     InitOption,

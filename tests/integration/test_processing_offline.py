@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from scipy.ndimage import gaussian_filter
 
-from rtfocus.batch.work import tile_rows
+from rtfocus.batch.findings import tile_rows
 from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.config.sections import ProcessingConfig
