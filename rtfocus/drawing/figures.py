@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL.PngImagePlugin import PngInfo
 
 from rtfocus.drawing.canvas import (
     BLUE,
@@ -275,12 +276,17 @@ class Panel:
 
 
 def save_panels(
-    path: Path, panels: Sequence[Panel], *, columns: int, side_pt: float = 256.0
+    path: Path,
+    panels: Sequence[Panel],
+    *,
+    columns: int,
+    side_pt: float = 256.0,
+    words: PngInfo | None = None,
 ) -> None:
     """Write panels in rows of `columns` as a PNG; `side_pt`: their longer side."""
     canvas = PixelCanvas(*figure_size(panels, columns, side_pt))
     draw_panels(canvas, panels, columns=columns, side_pt=side_pt)
-    canvas.save(path)
+    canvas.save(path, words)
 
 
 def figure_size(

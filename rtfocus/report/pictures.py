@@ -33,6 +33,7 @@ from rtfocus.drawing.figures import (
 from rtfocus.errors import OutputError
 from rtfocus.frame import DefocusMap, FrameResult, TileGrid
 from rtfocus.image_set import ImageSet
+from rtfocus.images.metadata import png_mark
 from rtfocus.images.outputs import OutputGuard
 from rtfocus.metrics import STEPS
 from rtfocus.report.facts import RunFacts, ShownFrame
@@ -324,7 +325,7 @@ class SideBySide:
     Parameters
     ----------
     guard
-        Refuses the file before the work; one that is there is never replaced.
+        Refuses the file before the work.
     path
         PNG to write; None: none is wanted.
 
@@ -382,7 +383,7 @@ class SideBySide:
             panels += row
             columns = max(columns, len(row))
         with self._guard.whole(self._path) as part:
-            save_panels(part, panels, columns=columns)
+            save_panels(part, panels, columns=columns, words=png_mark())
         return self._path
 
     @property

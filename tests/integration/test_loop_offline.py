@@ -235,7 +235,7 @@ def test_stretched_planes_use_all_of_eight_bits(tmp_path, config_file):
         assert (page.min(), page.max()) == (0, 255)
 
 
-def test_picture_shows_what_was_done_and_replaces_nothing(tmp_path, config_file):
+def test_picture_shows_what_was_done_and_replaces_only_its_own(tmp_path, config_file):
     path, _ = write_inputs(tmp_path)["pages"]
     picture, config = tmp_path / "shown.png", ("--config", config_file)
     said = command(
@@ -247,13 +247,19 @@ def test_picture_shows_what_was_done_and_replaces_nothing(tmp_path, config_file)
         # Raw and restored, whole and in detail.
         assert shown.width > 4 * 2 * 256
         width = shown.width
-    mine = picture.read_bytes()
+    first = picture.read_bytes()
+    said = failed(command("classify", path, *config, "--picture", picture))
+    assert "exists; choose another output or --overwrite" in said
+    assert picture.read_bytes() == first
     again = ("classify", path, *config, "--overwrite", "--picture")
-    failed(command(*again, picture), ExitCode.INPUT)
-    assert picture.read_bytes() == mine
-    succeeded(command(*again, tmp_path / "found.png"))
-    with Image.open(tmp_path / "found.png") as found:
+    succeeded(command(*again, picture))
+    with Image.open(picture) as found:
         assert found.width < width, "a map instead of two restored panels"
+        mine = found.copy()
+    mine.save(picture)
+    drawn = picture.read_bytes()
+    failed(command(*again, picture), ExitCode.INPUT)
+    assert picture.read_bytes() == drawn
     for wrong in (path, tmp_path / "shown.jpg"):
         failed(command(*again, wrong), ExitCode.INPUT)
 
