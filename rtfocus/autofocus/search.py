@@ -161,12 +161,16 @@ class FocusSearch:
 
     def _approach(self) -> Decision:
         """Go to focus, or, having been there, first to the side still unseen."""
-        if self._has_been_there():
-            if not self.rule.verify and self.survey.places() < _LEAST_PLACES:
-                return self._next_view()
-            if self.rule.verify and (beyond := self._unbracketed()) is not None:
-                return self._view(beyond)
+        if self._has_been_there() and (view := self._missing_view()) is not None:
+            return view
         return self._move()
+
+    def _missing_view(self) -> Decision | None:
+        """Return the view that an end lacks: two places agree with too much."""
+        if self.rule.verify:
+            beyond = self._unbracketed()
+            return None if beyond is None else self._view(beyond)
+        return self._next_view() if self.survey.places() < _LEAST_PLACES else None
 
     def _way_um(self) -> float:
         return abs(self.belief.best.mean_um - self.looks[-1].z_um)
@@ -309,11 +313,8 @@ class FocusSearch:
                     return self._view(inside)
             alike = "the images hardly change with z; does the stage move?"
             return self.give_up(_IN_NOISE if changed else alike)
-        # Two places agree with too much.
-        if not self.rule.verify and self.survey.places() < _LEAST_PLACES:
-            return self._next_view()
-        if self.rule.verify and (beyond := self._unbracketed()) is not None:
-            return self._view(beyond)
+        if (view := self._missing_view()) is not None:
+            return view
         if self.survey.arrival.is_late and not (is_well or self.rule.verify):
             return self.give_up(TOO_LATE)
         most = _MOST_UNEXPLAINED if self.rule.verify else _MOST_CALIBRATED
