@@ -47,6 +47,22 @@ def test_no_module_sets_a_name_twice() -> None:
         assert not {name for name, times in names.items() if times > 1}, path
 
 
+_MOST_BY_PLACE = 6
+
+
+def test_no_function_is_given_many_things_by_their_place_alone() -> None:
+    # Of a command every option is an argument, and typer gives each by its name.
+    found = {
+        f"{name}:{node.name}"
+        for name, path in modules().items()
+        if not name.startswith("rtfocus.cli")
+        for node in ast.walk(ast.parse(Path(path).read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and len(_by_place(node)) > _MOST_BY_PLACE
+    }
+    assert not found
+
+
 _READ_THE_CLOCK = {
     "rtfocus.machine",  # keeps the run's own
     # What people read, and a wait that a clock that leaps cuts short.
@@ -65,6 +81,11 @@ def test_no_run_goes_by_a_clock_that_somebody_may_set() -> None:
         if isinstance(node, ast.Attribute) and ast.unparse(node) in readings
     }
     assert found == _READ_THE_CLOCK
+
+
+def _by_place(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    names = [one.arg for one in (*node.args.posonlyargs, *node.args.args)]
+    return [name for name in names if name not in ("self", "cls")]
 
 
 def _names_set(node: ast.stmt) -> Iterator[str]:
