@@ -35,6 +35,7 @@ _HOMES = {
     "estimates": "rtfocus.streaming",
     "fit_psf": "rtfocus.api",
     "focus": "rtfocus.focusing",
+    "focus_of_stack": "rtfocus.batch.findings",
     "load_config": "rtfocus.config",
     "open_run": "rtfocus.runs",
     "process": "rtfocus.api",

@@ -5,6 +5,7 @@ from rtfocus.api import fit_psf as fit_psf
 from rtfocus.api import process as process
 from rtfocus.api import restore as restore
 from rtfocus.api import run as run
+from rtfocus.batch.findings import focus_of_stack as focus_of_stack
 from rtfocus.config import Config as Config
 from rtfocus.config import load_config as load_config
 from rtfocus.errors import ConfigError as ConfigError

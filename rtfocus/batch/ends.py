@@ -2,14 +2,17 @@
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from rtfocus import __version__, files
-from rtfocus.batch.findings import ErrorMaps, Findings, StatedErrors, texts_of
+from rtfocus.batch.findings import Findings, StatedErrors, texts_of
 from rtfocus.batch.plan import (
     BatchJob,
     BatchPlan,
@@ -24,10 +27,12 @@ from rtfocus.batch.plan import (
 )
 from rtfocus.batch.work import image_set_of
 from rtfocus.errors import ConfigError, InputError, OutputError, writing
+from rtfocus.frame import FrameResult
+from rtfocus.image_set import ImageSet
 from rtfocus.images.metadata import OutputImage
 from rtfocus.images.outputs import ImageOutput, OutputGuard, TextKind
 from rtfocus.images.reading import BrokenImage, FoundImages, companions, find_images
-from rtfocus.images.series import ImageSeries
+from rtfocus.images.series import ContrastWindow, ImageSeries, StagePosition
 from rtfocus.images.zarr_writing import places_in_zarr, prepare_zarr
 
 
@@ -62,7 +67,7 @@ class Batch:
         self.found = find_images(Path(job.source))
         self.images = image_set_of(job, self.found.series)
         self.ledger = Ledger(Path(job.output))
-        self.rows: list[dict[str, Any]] = []
+        self.findings = Findings()
         self._overwrite = overwrite
         inputs = [*companions(self.found.series), Path(job.source)]
         if Path(job.source).is_dir() and not _is_one(self.found, job):
@@ -222,11 +227,11 @@ class Batch:
         """Write what was found in all images as JSON, as a table, or both."""
         for unit in plan.units:
             if unit.key not in failed:
-                found = read_state(self.ledger.rows(unit), list[dict[str, Any]])
-                self.rows += [
-                    {**row, "path": self._as_given(row["path"])} for row in found
-                ]
-        if not self.rows:
+                found = read_state(self.ledger.findings(unit), Findings)
+                for row in (*found.planes, *found.stacks):
+                    row["path"] = self._as_given(row["path"])
+                self.findings.add(found)
+        if not self.findings.planes:
             return  # nothing could be read: who calls says so
         numbers = self._numbers()
         lost = [BrokenImage(Path(path), reason) for path, reason in plan.broken]
@@ -241,9 +246,9 @@ class Batch:
             if (given := self._as_given(path := str(one.path)))
         ]
         engine = self.job.settings["processing"]["classifier"]
-        findings = Findings(engine, self.rows, broken, Path(self.job.given))
+        root = Path(self.job.given)
         for target, kind in self._texts():
-            text = findings.text(kind)
+            text = self.findings.text(kind, engine=engine, broken=broken, root=root)
             # A call that was killed afterwards has written just this.
             if not (target.is_file() and target.read_bytes() == text.encode()):
                 self._guard.write_text(target, text)
@@ -257,7 +262,7 @@ class Batch:
             None if table is None else Path(table),
         )
 
-    def _maps(self, guard: OutputGuard) -> ErrorMaps:
+    def _maps(self, guard: OutputGuard) -> "ErrorMaps":
         """Return what writes the errors that are stated; its place is claimed."""
         output = self.job.expected_error
         place = None if output is None else Path(output)
@@ -283,6 +288,87 @@ class Batch:
 
     def _as_given(self, path: str) -> str:
         return str(Path(self.job.given) / Path(path).relative_to(self.job.source))
+
+
+class ErrorMaps:
+    """The error expected to be left in restored images, a pixel per tile.
+
+    Kept until all images are restored: a thousandth of their pixels. Arguments are as
+    of `ImageOutput`; without an output nobody asked for it.
+    """
+
+    def __init__(
+        self,
+        output: Path | None,
+        series: Sequence[ImageSeries],
+        guard: OutputGuard,
+        root: Path,
+    ) -> None:
+        self._place: ImageOutput | None = None
+        if output is not None:
+            self._place = ImageOutput(output, series, guard, root)
+        self._found: dict[int, StatedErrors] = {}
+
+    def note(self, number: int, result: FrameResult) -> None:
+        """Take in the next plane of an image."""
+        if self._place is not None:
+            self._found.setdefault(number, StatedErrors()).note(result)
+
+    def take(self, number: int, found: StatedErrors) -> None:
+        """Take in all planes of an image."""
+        self._found[number] = found
+
+    def write(self, images: ImageSet) -> None:
+        """Write those of images that were restored, once all are."""
+        if (place := self._place) is None:
+            return
+        # In a folder every image has a target, which stays empty of a broken one.
+        outputs = [
+            error_map(found, image, images.made(number))
+            for number, image in enumerate(images.series)
+            if (found := self._found.get(number, StatedErrors())).is_of(image)
+            or place.is_folder
+        ]
+        if outputs:
+            place.write(outputs)
+
+
+def error_map(
+    stated: StatedErrors, image: ImageSeries, made: Mapping[str, str]
+) -> OutputImage:
+    """Return errors that are stated as an image, placed where the tiles lie."""
+    grid = stated.grid
+    if grid is None or not stated.is_of(image):
+        return OutputImage(image, image.dtype, map(_not_restored, [image]))
+    found = [
+        np.frombuffer(plane, np.dtype("<f4")).reshape(grid.rows, grid.columns)
+        for plane in stated.planes
+    ]
+    shown = ContrastWindow(0.0, float(np.nan_to_num(found).max()) or 1.0)
+    size_y, size_x = image.pixel_size_y_um or 0.0, image.pixel_size_x_um or 0.0
+    stage, origin = image.stage or StagePosition(), grid.origin_px
+    like = replace(
+        image,
+        name=f"{image.name} expected error",
+        shape=(grid.rows, grid.columns),
+        pixel_size_y_um=round(grid.stride_px * size_y, 9) or None,
+        pixel_size_x_um=round(grid.stride_px * size_x, 9) or None,
+        stage=stage.moved(origin * size_y, origin * size_x),
+        channels=tuple(replace(one, window=shown) for one in image.channels),
+    )
+    told = {
+        "command": "restore --expected-error",
+        "values": "root mean square over a tile, in counts",
+        "tiles": f"of {grid.tile_px} px, every {grid.stride_px:g} px, the first "
+        f"around {grid.origin_px:g} px from the middle of the first pixel",
+        **made,
+    }
+    return OutputImage(like, np.dtype("<f4"), iter(found), told)
+
+
+def _not_restored(image: ImageSeries) -> NDArray[np.float32]:
+    msg = f"'{image.path}' was not restored"
+    raise InputError(msg)
 
 
 def new_plan(

@@ -1,39 +1,320 @@
-"""Findings: what is told of images beside the images: tables, JSON, maps of errors.
+"""Findings: what is told of images beside the images: rows, stacks, errors.
 
-A row per plane is what ``classify`` found, alone or by many processes.
+A row per plane is what ``classify`` found, alone or by many processes. Single planes
+err; all planes of a stack together know better where focus is: the distance from it is
+the same on both sides, and grows with every plane.
 """
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from rtfocus.errors import InputError
 from rtfocus.frame import BACKGROUND, DefocusMap, FrameResult, TileGrid
 from rtfocus.image_set import ImageSet
-from rtfocus.images.metadata import OutputImage, table_text
-from rtfocus.images.outputs import ImageOutput, OutputGuard, TextKind, json_text
+from rtfocus.images.metadata import table_text
+from rtfocus.images.outputs import TextKind, json_text
 from rtfocus.images.reading import BrokenImage
-from rtfocus.images.series import (
-    ContrastWindow,
-    ImageSeries,
-    StagePosition,
-    writable_text,
-)
+from rtfocus.images.series import ImageSeries, writable_text
+
+Floats = NDArray[np.float64]
 
 COLUMNS = (
     *("image", "name", "plate", "well", "field", "position", "channel"),
     *("t", "c", "z", "z_um", "z_offset_um"),
     *("level", "defocus_um", "signed", "uncertainty_um", "confidence"),
+    *("from_focus_planes", "from_focus_um"),
     *("foreground", "out_of_focus", "classifier", "optics", "status", "why"),
 )
 """Of the table that ``classify`` writes, called as in its JSON and in a run's table."""
+
+
+LEAST_PLANES, MOST_PLANES = 5, 1000
+"""Of a stack that is asked for its focus: fewer say nothing, more are a film."""
+_LEAST_RISE = 2.0
+"""Times the distance in focus that both ends of a stack are away from it."""
+_MARGIN = 0.75
+"""Of the steps between planes: with it nine of ten foci lay in the range told."""
+
+Place = Literal["within", "below", "above", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class StackFocus:
+    """Where focus lies in a z-stack."""
+
+    place: Place
+    """Within the stack, or at its lowest (highest) planes and perhaps beyond."""
+    z: float | None = None
+    """Of the focus where it lies within, as the planes' z."""
+    low: float | None = None
+    """Focus is hardly below; None: it may lie anywhere there, or is not known."""
+    high: float | None = None
+    """Hardly above, likewise."""
+    explained: float = 0.0
+    """Share of the variance of the distances that such a focus explains."""
+    why: str | None = None
+    """Why it is not known."""
+
+
+def focus_of_stack(
+    z: ArrayLike, distance: ArrayLike | Sequence[float | None]
+) -> StackFocus:
+    """Find where focus lies in a z-stack from how far each plane seems to be from it.
+
+    Every z between two planes is tried: by what only grows with the distance from it,
+    on both sides alike, the distances are fitted (isotonic regression [1]_ of their
+    square roots, as errors grow with them). The z that leaves least is that of focus.
+    How much that explains, and how much farther off the ends are, decides whether it is
+    believed; the limits are measured, see ``bench/stack_focus.py``.
+
+    Parameters
+    ----------
+    z
+        Of every plane, in um or planes: any steps, any order.
+    distance
+        Of every plane from focus, in any unit; signs are left out; NaN or None:
+        nothing to be seen.
+
+    Returns
+    -------
+    StackFocus
+        ``unknown`` for fewer than five planes that show anything, and where no focus
+        explains the distances: all alike, or in no order.
+
+    Raises
+    ------
+    InputError
+        If there is not one distance for every z, or a z is no number.
+
+    References
+    ----------
+    .. [1] J. de Leeuw, K. Hornik, P. Mair, "Isotone Optimization in R", *J. Stat.
+       Softw.* 32(5), 2009.
+
+    Examples
+    --------
+    >>> found = focus_of_stack(range(8), [9, 6, 3, 0.8, 0.9, 3.2, 6.1, 9.3])
+    >>> found.place, found.z
+    ('within', 3.25)
+    """
+    heights, found = np.asarray(z, np.float64), np.abs(np.asarray(distance, np.float64))
+    if heights.ndim != 1 or heights.shape != found.shape:
+        msg = f"{heights.shape} z for {found.shape} distances; give one for each plane"
+        raise InputError(msg)
+    if not np.isfinite(heights).all():
+        msg = f"z has {heights[~np.isfinite(heights)][0]}; leave planes without one out"
+        raise InputError(msg)
+    seen = np.isfinite(found)
+    order = np.argsort(heights[seen], kind="stable")
+    heights, roots = heights[seen][order], np.sqrt(found[seen][order])
+    places = np.unique(heights)
+    if len(places) < LEAST_PLANES:
+        why = f"{len(places)} planes with a specimen, {LEAST_PLANES} are needed"
+        return StackFocus("unknown", why=why)
+    best = _Fit(heights, roots)
+    if best.explained < max(0.8, 0.97 - 0.01 * (len(heights) - LEAST_PLANES)):
+        why = "the distances of its planes do not fall towards one z and rise again"
+        return StackFocus("unknown", explained=best.explained, why=why)
+    parts = [slice(None, None, 2), slice(1, None, 2)]
+    fits = (
+        [_Fit(heights[part], roots[part]) for part in parts]
+        if len(heights) >= 10
+        else []
+    )
+    margin = _MARGIN * float(np.median(np.diff(places)))
+    low = min(fit.low for fit in (best, *fits)) - margin
+    high = max(fit.high for fit in (best, *fits)) + margin
+    rises = [end >= _LEAST_RISE * best.least for end in best.ends]
+    if all(rises) and best.low > places[0] and best.high < places[-1]:
+        middle = (best.low + best.high) / 2
+        return StackFocus("within", middle, low, high, best.explained)
+    if rises[1]:
+        return StackFocus("below", high=high, explained=best.explained)
+    if rises[0]:
+        return StackFocus("above", low=low, explained=best.explained)
+    why = "its planes are nearly equally far from focus"
+    return StackFocus("unknown", explained=best.explained, why=why)
+
+
+class _Fit:
+    """The focus that leaves least of some distances, by their roots, in rising z."""
+
+    def __init__(self, heights: Floats, roots: Floats) -> None:
+        places = np.unique(heights)
+        gaps = np.diff(places)
+        # Which of two planes is nearer changes at planes and, of even steps, half-way.
+        tried = np.sort(np.concatenate([places[:-1] + gaps / 4, places[1:] - gaps / 4]))
+        reach = np.repeat(gaps / 4, 2)
+        fits = [_fitted(heights, roots, one) for one in tried]
+        left = np.array([np.square(roots - fit).sum() for fit in fits])
+        spread = float(np.square(roots - roots.mean()).sum())
+        equal = np.flatnonzero(left <= left.min() + 1e-9 * spread)
+        self.low = float((tried - reach)[equal[0]])
+        self.high = float((tried + reach)[equal[-1]])
+        """From `low` to here nothing fits better."""
+        self.explained = 1 - float(left.min()) / spread if spread else 0.0
+        fit = np.square(fits[int(np.argmin(left))])
+        self.least, self.ends = float(fit.min()), (float(fit[0]), float(fit[-1]))
+
+
+def _fitted(heights: Floats, roots: Floats, focus: float) -> Floats:
+    # Here, because it takes long to import, and few images are stacks.
+    from scipy.optimize import isotonic_regression
+
+    order = np.argsort(np.abs(heights - focus), kind="stable")
+    fit = np.empty_like(roots)
+    fit[order] = isotonic_regression(roots[order]).x
+    return fit
+
+
+class Findings(msgspec.Struct):
+    """What ``classify`` found in images, as plain values; unknown is None."""
+
+    planes: list[dict[str, Any]] = []
+    """See `plane_row`."""
+    stacks: list[dict[str, Any]] = []
+    """See `stack_row`."""
+
+    def add(self, other: "Findings") -> None:
+        """Take in what was found in other images."""
+        self.planes += other.planes
+        self.stacks += other.stacks
+
+    def text(
+        self,
+        kind: TextKind,
+        *,
+        engine: str | None,
+        broken: Sequence[BrokenImage],
+        root: Path,
+    ) -> str:
+        """Return all of it as JSON, or as a table.
+
+        Parameters
+        ----------
+        kind
+            Of the text.
+        engine
+            That found it.
+        broken
+            Images that cannot be read.
+        root
+            The input, as paths begin.
+        """
+        if kind == "csv":
+            return self._table(broken, root)
+        content: dict[str, Any] = {"engine": engine, "images": self.planes}
+        content["stacks"] = self.stacks
+        if broken:
+            content["broken"] = [one.reason for one in broken]
+        return json_text(content)
+
+    def _table(self, broken: Sequence[BrokenImage], root: Path) -> str:
+        """Return a row for every plane, and for every image that cannot be read."""
+        file = io.StringIO()
+        table = csv.DictWriter(
+            file, COLUMNS, extrasaction="ignore", lineterminator="\n"
+        )
+        table.writeheader()
+        for row in self.planes:
+            known = {**row, **row["index"], **(row["estimate"] or {})}
+            known["image"] = _within(Path(row["path"]), root)
+            table.writerow({**known, "status": "classified"})
+        for one in broken:
+            known = {} if one.image is None else image_row(one.image)
+            known |= {"image": _within(one.path, root), "why": one.reason}
+            table.writerow({**known, "status": "broken"})
+        return table_text(writable_text(file.getvalue()))
+
+
+def _within(path: Path, root: Path) -> str:
+    """Return where an image lies in the input, with the same slashes everywhere."""
+    if path == root or not path.is_relative_to(root):
+        return path.absolute().name
+    return path.relative_to(root).as_posix()
+
+
+def find_in(
+    images: ImageSet,
+    number: int,
+    planes: Iterable[tuple[dict[str, int], FrameResult]],
+    on_plane: Callable[[], None] = lambda: None,
+    *,
+    with_tiles: bool,
+) -> Findings:
+    """Return what was found in the planes of an image, and in the stacks they make.
+
+    Parameters
+    ----------
+    images, number
+        The image.
+    planes
+        Indices and results of all its planes.
+    on_plane
+        Called after each.
+    with_tiles
+        Their tiles, too.
+    """
+    series, stacks = images.series[number], []
+    rows = []
+    for index, result in planes:
+        rows.append(plane_row(images, number, index, result, with_tiles=with_tiles))
+        on_plane()
+    axis = "t" if series.sizes["z"] == 1 and "t" in series.unnamed_axes else "z"
+    if LEAST_PLANES <= series.sizes[axis] <= MOST_PLANES:
+        others = [one for one in ("t", "c", "z") if one != axis]
+        rows.sort(key=lambda row: [row["index"][one] for one in (*others, axis)])
+        for _, stack in groupby(rows, lambda row: [row["index"][o] for o in others]):
+            stacks.append(stack_row([*stack], series, axis))
+        rows.sort(key=lambda row: [row["index"][one] for one in ("t", "c", "z")])
+    return Findings(rows, stacks)
+
+
+def stack_row(
+    planes: Sequence[dict[str, Any]], series: ImageSeries, axis: str
+) -> dict[str, Any]:
+    """Return what is known of the focus of a stack, and tell its planes of it.
+
+    Parameters
+    ----------
+    planes
+        Rows of its planes along `axis`, 0 first.
+    series
+        The image.
+    axis
+        ``z``, or ``t`` where the file does not say what it is.
+    """
+    distances = [(row["estimate"] or {}).get("defocus_um") for row in planes]
+    found = focus_of_stack(np.arange(len(planes)), np.array(distances, np.float64))
+    step_um = series.z_step_um if axis == "z" else None
+    focus = None if found.z is None else round(found.z, 2)
+    if focus is not None:
+        for number, row in enumerate(planes):
+            row["from_focus_planes"] = round(number - focus, 2)
+            if step_um is not None:
+                row["from_focus_um"] = round((number - focus) * step_um, 6)
+    known = image_row(series) | {"channel": planes[0]["channel"]}
+    return known | {
+        "index": {k: n for k, n in planes[0]["index"].items() if k != axis},
+        "axis": axis,
+        "assumed": axis in series.unnamed_axes,
+        "planes": len(planes),
+        "place": found.place,
+        "focus_plane": focus,
+        "focus_offset_um": step_um and focus and round(focus * step_um, 6),
+        "likely": [one and round(one, 2) for one in (found.low, found.high)],
+        "explained": round(found.explained, 3),
+        "why": found.why,
+    }
 
 
 def plane_row(
@@ -58,6 +339,8 @@ def plane_row(
         "z_offset_um": of_stack if index["z"] else 0.0,
         "shape": list(series.shape),
         "estimate": estimate and {name: getattr(estimate, name) for name in told},
+        "from_focus_planes": None,
+        "from_focus_um": None,
         "foreground": estimate and estimate.foreground,
         **_shares(result.defocus),
         "classifier": result.engines.get("classifier"),
@@ -95,6 +378,14 @@ def _shares(found: DefocusMap | None) -> dict[str, float | None]:
     return shares
 
 
+def texts_of(json_file: Path | None, table: Path | None) -> list[tuple[Path, TextKind]]:
+    """Return the files that are asked of ``classify``, with their kinds."""
+    texts: list[tuple[Path, TextKind]] = []
+    if json_file is not None:
+        texts.append((json_file, "json"))
+    return texts if table is None else [*texts, (table, "csv")]
+
+
 def tile_rows(result: FrameResult) -> list[dict[str, float | int | str | None]]:
     """List the tiles of a result as plain values, row by row.
 
@@ -123,57 +414,6 @@ def _tile_rows(found: DefocusMap) -> Iterator[dict[str, float | int | str | None
         }
 
 
-def texts_of(json_file: Path | None, table: Path | None) -> list[tuple[Path, TextKind]]:
-    """Return the files that are asked of ``classify``, with their kinds."""
-    texts: list[tuple[Path, TextKind]] = []
-    if json_file is not None:
-        texts.append((json_file, "json"))
-    return texts if table is None else [*texts, (table, "csv")]
-
-
-class Findings(NamedTuple):
-    """What ``classify`` found in images."""
-
-    engine: str | None
-    rows: list[dict[str, Any]]
-    """Of their planes, see `plane_row`."""
-    broken: list[BrokenImage]
-    root: Path
-    """The input, as paths in `rows` and `broken` begin."""
-
-    def text(self, kind: TextKind) -> str:
-        """Return all of it as JSON, or as a table."""
-        if kind == "csv":
-            return self._table()
-        content: dict[str, Any] = {"engine": self.engine, "images": self.rows}
-        if self.broken:
-            content["broken"] = [one.reason for one in self.broken]
-        return json_text(content)
-
-    def _table(self) -> str:
-        """Return a row for every plane, and for every image that cannot be read."""
-        file = io.StringIO()
-        table = csv.DictWriter(
-            file, COLUMNS, extrasaction="ignore", lineterminator="\n"
-        )
-        table.writeheader()
-        for row in self.rows:
-            known = {**row, **row["index"], **(row["estimate"] or {})}
-            known["image"] = self._within(Path(row["path"]))
-            table.writerow({**known, "status": "classified"})
-        for one in self.broken:
-            known = {} if one.image is None else image_row(one.image)
-            known |= {"image": self._within(one.path), "why": one.reason}
-            table.writerow({**known, "status": "broken"})
-        return table_text(writable_text(file.getvalue()))
-
-    def _within(self, path: Path) -> str:
-        """Return where an image lies in the input, with the same slashes everywhere."""
-        if path == self.root or not path.is_relative_to(self.root):
-            return path.absolute().name
-        return path.relative_to(self.root).as_posix()
-
-
 class StatedErrors(msgspec.Struct):
     """The error expected to be left in the planes of an image, a number per tile."""
 
@@ -192,84 +432,3 @@ class StatedErrors(msgspec.Struct):
     def is_of(self, image: ImageSeries) -> bool:
         """Tell whether all planes of an image are told of."""
         return len(self.planes) == len(image)
-
-
-class ErrorMaps:
-    """The error expected to be left in restored images, a pixel per tile.
-
-    Kept until all images are restored: a thousandth of their pixels. Arguments are as
-    of `ImageOutput`; without an output nobody asked for it.
-    """
-
-    def __init__(
-        self,
-        output: Path | None,
-        series: Sequence[ImageSeries],
-        guard: OutputGuard,
-        root: Path,
-    ) -> None:
-        self._place: ImageOutput | None = None
-        if output is not None:
-            self._place = ImageOutput(output, series, guard, root)
-        self._found: dict[int, StatedErrors] = {}
-
-    def note(self, number: int, result: FrameResult) -> None:
-        """Take in the next plane of an image."""
-        if self._place is not None:
-            self._found.setdefault(number, StatedErrors()).note(result)
-
-    def take(self, number: int, found: StatedErrors) -> None:
-        """Take in all planes of an image."""
-        self._found[number] = found
-
-    def write(self, images: ImageSet) -> None:
-        """Write those of images that were restored, once all are."""
-        if (place := self._place) is None:
-            return
-        # In a folder every image has a target, which stays empty of a broken one.
-        outputs = [
-            error_map(found, image, images.made(number))
-            for number, image in enumerate(images.series)
-            if (found := self._found.get(number, StatedErrors())).is_of(image)
-            or place.is_folder
-        ]
-        if outputs:
-            place.write(outputs)
-
-
-def error_map(
-    stated: StatedErrors, image: ImageSeries, made: Mapping[str, str]
-) -> OutputImage:
-    """Return errors that are stated as an image, placed where the tiles lie."""
-    grid = stated.grid
-    if grid is None or not stated.is_of(image):
-        return OutputImage(image, image.dtype, map(_not_restored, [image]))
-    found = [
-        np.frombuffer(plane, np.dtype("<f4")).reshape(grid.rows, grid.columns)
-        for plane in stated.planes
-    ]
-    shown = ContrastWindow(0.0, float(np.nan_to_num(found).max()) or 1.0)
-    size_y, size_x = image.pixel_size_y_um or 0.0, image.pixel_size_x_um or 0.0
-    stage, origin = image.stage or StagePosition(), grid.origin_px
-    like = replace(
-        image,
-        name=f"{image.name} expected error",
-        shape=(grid.rows, grid.columns),
-        pixel_size_y_um=round(grid.stride_px * size_y, 9) or None,
-        pixel_size_x_um=round(grid.stride_px * size_x, 9) or None,
-        stage=stage.moved(origin * size_y, origin * size_x),
-        channels=tuple(replace(one, window=shown) for one in image.channels),
-    )
-    told = {
-        "command": "restore --expected-error",
-        "values": "root mean square over a tile, in counts",
-        "tiles": f"of {grid.tile_px} px, every {grid.stride_px:g} px, the first "
-        f"around {grid.origin_px:g} px from the middle of the first pixel",
-        **made,
-    }
-    return OutputImage(like, np.dtype("<f4"), iter(found), told)
-
-
-def _not_restored(image: ImageSeries) -> NDArray[np.float32]:
-    msg = f"'{image.path}' was not restored"
-    raise InputError(msg)

@@ -36,7 +36,7 @@ Fault = Literal["input", "changed", "output", "engine", "other"]
 
 ENDING = ".rtfocus-batch"
 """Of the folder beside an output."""
-_KINDS = ("working", "done", "failed", "rows", "errors")
+_KINDS = ("working", "done", "failed", "findings", "errors")
 _T = TypeVar("_T")
 
 
@@ -346,9 +346,9 @@ class Ledger:
             if unit.key in marked
         ]
 
-    def rows(self, unit: Unit) -> Path:
+    def findings(self, unit: Unit) -> Path:
         """Return where ``classify`` keeps what it finds in a unit."""
-        return self.folder / "rows" / unit.key
+        return self.folder / "findings" / unit.key
 
     def errors(self, unit: Unit) -> Path:
         """Return where ``restore`` keeps the errors that are stated of a unit."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from rtfocus import __version__, files
-from rtfocus.batch.findings import StatedErrors, plane_row
+from rtfocus.batch.findings import StatedErrors, find_in
 from rtfocus.batch.plan import (
     BatchJob,
     BatchPlan,
@@ -130,11 +130,9 @@ class _Opened:
             raise EngineError(msg)
         at_work = _UnitAtWork(self._plan, unit, series, ledger)
         if job.command == "classify":
-            rows = [
-                plane_row(images, 0, index, result, with_tiles=job.table != job.output)
-                for index, result in images.classified(0)
-            ]
-            at_work.keep(ledger.rows(unit), rows)
+            tiles = job.table != job.output
+            found = find_in(images, 0, images.classified(0), with_tiles=tiles)
+            at_work.keep(ledger.findings(unit), found)
             return []
         image = images.outline(0, stretch=job.stretch)
         stated = StatedErrors()

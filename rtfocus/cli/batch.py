@@ -286,7 +286,7 @@ def _finish(batch: Batch, plan: BatchPlan, remedy: str) -> None:
         what = f"{number_of(planes, 'plane')} of {number_of(done, 'image')}"
         places = dict.fromkeys([job.output, job.table or job.output])
         typer.echo(f"{word} {what} to {' and '.join(places)}")
-        for line in told_of(batch.rows, each=False):
+        for line in told_of(batch.findings, each=False):
             typer.echo(line)
         if job.expected_error is not None:
             typer.echo(f"expected error: {job.expected_error}", err=True)

@@ -18,6 +18,7 @@ from rtfocus.frame import Estimate
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from rtfocus.batch.findings import Findings
     from rtfocus.monitor import Monitor
 
 REFRESH_S = 0.25
@@ -336,17 +337,22 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
-def told_of(rows: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator[str]:
-    """Say, line by line, what ``classify`` found in planes.
+def told_of(found: "Findings", *, each: bool) -> Iterator[str]:
+    """Say, line by line, what ``classify`` found in planes and in stacks.
 
     Parameters
     ----------
-    rows
-        A row per plane, as in its JSON.
+    found
+        As in its JSON.
     each
         Say it of every plane, unless they are many: then how many are out of focus,
         and which are the farthest from it.
     """
+    yield from _planes_told(found.planes, each=each)
+    yield from _stacks_told(found.stacks, each=each)
+
+
+def _planes_told(rows: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator[str]:
     if len(rows) <= _MOST_PLANES_TOLD:
         yield from (_told(row) for row in rows if each)
         return
@@ -367,6 +373,41 @@ def told_of(rows: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator[str]:
     yield from _worst_wells(off, rows)
     if each:
         yield "every plane: --csv FILE.csv"
+
+
+def _stacks_told(stacks: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator[str]:
+    """Say where focus lies in every stack; of many how many have it where."""
+    if len(stacks) <= _MOST_PLANES_TOLD:
+        yield from map(_stack_told, stacks)
+        return
+    counts = Counter(stack["place"] for stack in stacks)
+    within, unknown = counts.pop("within", 0), counts.pop("unknown", 0)
+    yield (
+        f"{len(stacks)} z-stacks: in focus within {within}, at an end or beyond "
+        f"{counts.total()}, not known of {unknown}"
+    )
+    if each:
+        yield "every stack: --json FILE"
+
+
+def _stack_told(stack: Mapping[str, Any]) -> str:
+    index = " ".join(f"{axis}{n}" for axis, n in stack["index"].items())
+    last = stack["planes"] - 1
+    low, high = stack["likely"]
+    if stack["place"] == "within":
+        um = stack["focus_offset_um"]
+        beyond = "" if um is None else f", {um:.4g} um from the first"
+        said = f"in focus at plane {stack['focus_plane']:.1f} of 0 to {last}{beyond}"
+        said += f" (likely {max(low, 0):.1f} to {min(high, last):.1f})"
+    elif stack["place"] == "below":
+        said = f"in focus at its first planes, to {high:.1f} of {last}, or before them"
+    elif stack["place"] == "above":
+        said = f"in focus at its last planes, from {low:.1f} of {last}, or after them"
+    else:
+        said = f"where it is in focus is not known: {stack['why']}"
+    if stack["assumed"]:
+        said = f"if its planes are a z-stack: {said}"
+    return f"{stack['path']} ({stack['name']} {index}): {said}"
 
 
 def _worst_wells(

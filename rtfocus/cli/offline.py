@@ -4,12 +4,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
 
-from rtfocus.batch.findings import ErrorMaps, Findings, plane_row, texts_of
+from rtfocus.batch.ends import ErrorMaps
+from rtfocus.batch.findings import Findings, find_in, texts_of
 from rtfocus.batch.plan import BatchJob, Command, content_of
 from rtfocus.batch.scheduler import WORKERS_S
 from rtfocus.cli.batch import (
@@ -251,42 +252,39 @@ def classify(
     _tell(notes_of(found, images))
     with counting("planes", sum(map(len, found.series))) as on_plane, images:
         tiles = json_file is not None
-        described, lost = _described(images, shown, on_plane, tiles=tiles)
+        findings, lost = _found(images, shown, on_plane, tiles=tiles)
     broken = [*found.broken, *lost]
     _tell_picture(shown.save())
     to_output = any(str(target) in STANDARD_OUTPUT for target, _ in wanted)
-    if wanted and described:
-        engine = settings.processing.classifier
-        findings = Findings(engine, described, broken, _source(path))
+    number, engine = len(findings.planes), settings.processing.classifier
+    if wanted and number:
+        root = _source(path)
         for target, kind in wanted:
-            guard.write_text(target, findings.text(kind))
+            text = findings.text(kind, engine=engine, broken=broken, root=root)
+            guard.write_text(target, text)
         places = " and ".join(str(target) for target, _ in wanted)
-        done = f"classified {number_of(len(described), 'plane')} to {places}"
+        done = f"classified {number_of(number, 'plane')} to {places}"
         typer.echo(done, err=to_output)
-    for line in told_of(described, each=not wanted):
+    for line in told_of(findings, each=not wanted):
         typer.echo(line, err=to_output)
-    _refuse_broken(broken, len(described), "plane", "classified")
+    _refuse_broken(broken, number, "plane", "classified")
     _refuse_changed(found, as_found)
 
 
-def _described(
+def _found(
     images: ImageSet, shown: SideBySide, on_plane: Callable[[], None], *, tiles: bool
-) -> tuple[list[dict[str, Any]], list[BrokenImage]]:
-    """Return a row for every plane, and images that cannot be read: they have none."""
-    described: list[dict[str, Any]] = []
-    broken: list[BrokenImage] = []
+) -> tuple[Findings, list[BrokenImage]]:
+    """Return what is found in the images, and those that cannot be read."""
+    findings, broken = Findings(), []
     for number, series in enumerate(images.series):
-        rows = []
+        planes = shown.classified(images, number, images.classified(number))
         try:
-            planes = images.classified(number)
-            for index, result in shown.classified(images, number, planes):
-                rows.append(plane_row(images, number, index, result, with_tiles=tiles))
-                on_plane()
+            found = find_in(images, number, planes, on_plane, with_tiles=tiles)
         except InputError as error:
             broken.append(BrokenImage(series.path, str(error), series))
         else:
-            described += rows
-    return described, broken
+            findings.add(found)
+    return findings, broken
 
 
 def _job(

@@ -201,7 +201,7 @@ _TEXT_BEGIN = TEXT_MARK.rpartition(" ")[0].encode()
 _TABLE_MARK = "\ufeff"
 _TABLE_BEGINS = b"time_s,position,channel,sequence,", b"image,name,plate,well,"
 _ENGINE_CARD = "engine.yaml"
-TIFF_ENDINGS = (".tif", ".tiff")
+TIFF_ENDINGS: tuple[str, ...] = (".tif", ".tiff")
 _ENDINGS = (
     *(".ome.tiff", ".ome.tif", ".ome.zarr", *TIFF_ENDINGS, ".zarr"),
     *(".png", ".jpg", ".jpeg", ".bmp"),

@@ -182,10 +182,8 @@ class ImageSeries:
     read_plane: Callable[[int, int, int], NDArray[np.generic]]
     """Plane (t, c, z), as stored."""
     files: tuple[Path, ...] = ()
-    """Every file or folder that pixels or metadata come from, `path` among them.
-
-    The other files of an OME-TIFF set or a Micro-Manager stack, the folder of an
-    NDTiff set, the outermost Zarr group that holds the image.
+    """Every file or folder of its pixels and metadata, `path` among them: the others of
+    an OME-TIFF set or a Micro-Manager stack, an NDTiff folder, the outermost group.
     """
     pixels: Path | None = None
     """Folder of this image's own pixels, where `files` hold those of others too."""
@@ -204,6 +202,8 @@ class ImageSeries:
     stage: StagePosition | None = None
     """Where the stage stood at the first plane."""
     place: PlatePlace | None = None
+    unnamed_axes: str = ""
+    """Of ``tcz`` those that the file does not call so."""
     notes: tuple[str, ...] = ()
     """What reading leaves out or fills in, one sentence each, for the user."""
 

@@ -222,7 +222,7 @@ def _describe(
 ) -> Iterator[ImageSeries]:
     """Yield a series, once for each index of its axes that are not t, c, z."""
     _refuse_packed(source.path, series)
-    axes, told = _canonical_axes(series.axes, series.shape)
+    axes, unnamed, told = _canonical_axes(series.axes, series.shape)
     lengths = dict(zip(axes, series.shape, strict=True))
     samples, rgb, more = _samples(series, lengths.get("S", 1))
     dtype = np.dtype(series.dtype)
@@ -256,6 +256,7 @@ def _describe(
             read_plane=TiffPlanes(source, number, layout),
             files=files,
             notes=(*told, *more, *gaps_told),
+            unnamed_axes=unnamed,
             **_fitting(facts, sizes["c"]),
         )
 
@@ -346,7 +347,7 @@ def _named(path: Path, images: list[ImageSeries]) -> list[ImageSeries]:
     ]
 
 
-def _canonical_axes(axes: str, shape: tuple[int, ...]) -> tuple[str, list[str]]:
+def _canonical_axes(axes: str, shape: tuple[int, ...]) -> tuple[str, str, list[str]]:
     """Give unnamed axes (I, Q) a name among T, Z, C, and say so.
 
     Raises
@@ -379,7 +380,7 @@ def _canonical_axes(axes: str, shape: tuple[int, ...]) -> tuple[str, list[str]]:
         f"read as {axis.lower()}"
         for place, axis in sorted(given.items())
     ]
-    return "".join(known), notes
+    return "".join(known), "".join(given.values()).lower(), notes
 
 
 def _samples(

@@ -99,7 +99,7 @@ def classified(path: Path, out: Path, *options: str | Path) -> dict[str, Any]:
 
 
 def assert_follows_the_schema(found: dict[str, Any], shapes: list[list[int]]) -> None:
-    assert set(found) == {"written_by", "engine", "images"}
+    assert set(found) == {"written_by", "engine", "images", "stacks"}
     assert found["engine"] == "sharpness"
     assert [image["shape"] for image in found["images"]] == shapes
     for image in found["images"]:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from writer_kit import make_series
 
+from rtfocus.batch.findings import Findings
 from rtfocus.channel import Channel
 from rtfocus.cli.display import processor_rows, screen, sparkline, told_of
 from rtfocus.frame import Estimate, FrameHeader, SlotPool
@@ -151,18 +152,18 @@ def plane(number: int, level: int | None, *, well: str | None = None) -> dict[st
 
 def test_a_few_planes_are_told_one_by_one_and_not_twice() -> None:
     rows = [plane(0, -2), plane(1, None)]
-    assert list(told_of(rows, each=True)) == [
+    assert list(told_of(Findings(rows, []), each=True)) == [
         "f0.tif (f0 t0 c0 z0): level -2, -3.0 um (80% sure)",
         "f1.tif (f1 t0 c0 z0): background",
     ]
-    assert not list(told_of(rows, each=False))
+    assert not list(told_of(Findings(rows, []), each=False))
 
 
 def test_of_many_planes_the_farthest_from_focus_are_told() -> None:
     levels = [0] * 25 + [None] * 3 + list(range(-6, 7))
     rows = [plane(n, level, well="B3") for n, level in enumerate(levels)]
     rows += [plane(50, 9, well="C12"), {**plane(51, 1), "estimate": None}]
-    head, title, *worst, wells, more = told_of(rows, each=True)
+    head, title, *worst, wells, more = told_of(Findings(rows, []), each=True)
     assert head == (
         "43 planes: 13 out of focus, 26 in focus, 3 background, 1 without an estimate"
     )
@@ -174,8 +175,8 @@ def test_of_many_planes_the_farthest_from_focus_are_told() -> None:
     assert wells == "wells with most planes out of focus: B3 12 of 41, C12 1 of 1"
     two = [{**row, "plate": f"p{n % 2}"} for n, row in enumerate(rows) if row["well"]]
     assert "of focus: p0 B3 6 of 21, p1 B3 6 of 20, p1 C12 1 of 1" in " ".join(
-        told_of(two, each=True)
+        told_of(Findings(two, []), each=True)
     )
     assert more == "every plane: --csv FILE.csv"
-    assert [head, title] == list(told_of(rows, each=False))[:2]
-    assert "--csv" not in " ".join(told_of(rows, each=False))
+    assert [head, title] == list(told_of(Findings(rows, []), each=False))[:2]
+    assert "--csv" not in " ".join(told_of(Findings(rows, []), each=False))
