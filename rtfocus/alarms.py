@@ -24,7 +24,7 @@ from typing import Any, Self
 from rtfocus.config import Config
 from rtfocus.config.sections import AlarmConfig, AlarmKind
 from rtfocus.errors import BusyError, PeerLostError, TakenOverError, number_of
-from rtfocus.metrics import Outcome
+from rtfocus.metrics import Outcome, accounting_in_words
 from rtfocus.monitor import Monitor
 from rtfocus.writers.header import REPORT_NAME
 
@@ -264,8 +264,6 @@ class Attendance:
         """Note on what ended a finished run where its frames are."""
         if failure is None or isinstance(failure, PeerLostError):
             return
-        from rtfocus.report.facts import accounting_in_words
-
         account = accounting_in_words(self._monitor.accounting.summary())
         failure.add_note(f"{account}, in '{folder}'")
 

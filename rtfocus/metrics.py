@@ -277,3 +277,17 @@ def plan_in_words(terms: dict[str, Any]) -> str:
         f"+ {terms['camera_lost']} lost by the camera "
         f"+ {terms['not_acquired']} not acquired"
     )
+
+
+def accounting_in_words(terms: dict[str, Any]) -> str:
+    """Spell the loss identity out, every term with its places."""
+    parts = [f"{terms['acquired']} acquired = {terms['written']} written"]
+    if terms["focus"]:
+        parts.append(f"{terms['focus']} focus probes")
+    for name, word in (("dropped", "dropped"), ("in_error", "in error")):
+        lost = [f"{n} {word} ({place})" for place, n in terms[name].items()]
+        parts += lost or [f"0 {word}"]
+    line = " + ".join(parts)
+    if terms["unaccounted"]:
+        line += f", and {terms['unaccounted']} unaccounted for"
+    return line

@@ -20,7 +20,7 @@ from rich.table import Table
 from rtfocus.cli.commands import OverwriteOption, need_torch, refuse_options
 from rtfocus.cli.display import counting, share_bar
 from rtfocus.errors import ExitCode, IncompleteError, InputError, number_of
-from rtfocus.metrics import STEPS, Outcome, plan_in_words
+from rtfocus.metrics import STEPS, Outcome, accounting_in_words, plan_in_words
 from rtfocus.writers.header import HEADER_NAME, is_finished
 
 if TYPE_CHECKING:
@@ -114,7 +114,6 @@ def print_report(folder: Path) -> Outcome:
     """
     # With it comes what reads stores, which no other command's help needs.
     from rtfocus.report.facts import (
-        accounting_in_words,
         focus_in_words,
         left_out_by_hold,
         read_focus_log,

@@ -20,10 +20,9 @@ from rtfocus import __version__
 from rtfocus.drawing.canvas import in_html
 from rtfocus.errors import RtfocusError, WriterError, writing
 from rtfocus.files import replace
-from rtfocus.metrics import STEPS, plan_in_words
+from rtfocus.metrics import STEPS, accounting_in_words, plan_in_words
 from rtfocus.report.facts import (
     RunFacts,
-    accounting_in_words,
     read_facts,
     shown_frames,
     throughput_in_words,
