@@ -43,12 +43,17 @@ class SequenceEngine(MDAEngine):
     Of cameras that are joined, it is left to pymmcore-plus.
     """
 
+    standing_z_um: float | None = None
+    """z during the present hardware sequence; None: planned per image."""
+
+    def z_um(self, event: useq.MDAEvent) -> float | None:
+        """Return where the stage is sent for an event: here as planned."""
+        return event.z_pos
+
     def lose(self, number: int) -> None:
         """Tell of images of a hardware sequence that never came."""
-        core_logger.warning(
-            "camera '%s' lost %s of a hardware sequence",
-            *(self.mmcore.getCameraDevice(), number_of(number, "image")),
-        )
+        camera, lost = self.mmcore.getCameraDevice(), number_of(number, "image")
+        core_logger.warning("camera '%s' lost %s of a hardware sequence", camera, lost)
 
     def is_stopped(self) -> bool:
         """Tell whether somebody wants the end, so that nobody waits for a trigger."""
@@ -64,6 +69,15 @@ class SequenceEngine(MDAEngine):
         """Combine events where possible."""
         for stack in self.stacks(events):
             yield from super().event_iterator(stack)
+
+    def exec_sequenced_event(
+        self, event: SequencedEvent
+    ) -> Generator[Payload, Any, None]:
+        """Acquire a hardware sequence."""
+        # A z-stage that is not triggered stands still throughout the sequence.
+        moves = bool(event.z_sequence) or not self.mmcore.getFocusDevice()
+        self.standing_z_um = None if moves else self.mmcore.getPosition()
+        yield from super().exec_sequenced_event(event)
 
     def _exec_single_camera_sequence(
         self, event: SequencedEvent, t0_ms: float
@@ -153,8 +167,6 @@ class RecordingEngine(SequenceEngine):
         self._on_start = on_start
         self._on_lost = on_lost
         self._planned: useq.MDASequence | None = None
-        self.standing_z_um: float | None = None
-        """z during the present hardware sequence; None: planned per image."""
         self.send_focus_image: Callable[[NDArray[np.generic], str, float], int]
         """Sends an image outside the plan, of a channel and z; returns its sequence."""
         self.failed_settings: Callable[[], int] = lambda: 0
@@ -202,10 +214,6 @@ class RecordingEngine(SequenceEngine):
         """Count images that never came."""
         self._on_lost(number)
 
-    def z_um(self, event: useq.MDAEvent) -> float | None:
-        """Return where the stage is sent for an event: here as planned."""
-        return event.z_pos
-
     def focus_notes(self) -> list[dict[str, Any]]:
         """Return what autofocus did since it was asked last: here nothing."""
         return []
@@ -221,15 +229,6 @@ class RecordingEngine(SequenceEngine):
         is_plan = isinstance(events, useq.MDASequence)
         planned = self._planned if is_plan and self._planned is not None else events
         yield from super().event_iterator(numbered(planned))
-
-    def exec_sequenced_event(
-        self, event: SequencedEvent
-    ) -> Generator[Payload, Any, None]:
-        """Acquire a hardware sequence."""
-        # A z-stage that is not triggered stands still throughout the sequence.
-        moves = bool(event.z_sequence) or not self.mmcore.getFocusDevice()
-        self.standing_z_um = None if moves else self.mmcore.getPosition()
-        yield from super().exec_sequenced_event(event)
 
     def exec_single_event(self, event: useq.MDAEvent) -> Iterator[Payload]:
         """Expose one image; an exposure that failed is counted."""

@@ -33,7 +33,7 @@ from rtfocus.microscope.delivery import (
     overflow_error,
     untold,
 )
-from rtfocus.microscope.engine import RecordingEngine, SetUps
+from rtfocus.microscope.engine import RecordingEngine, SequenceEngine, SetUps
 from rtfocus.microscope.plan import EVENT_INDEX, lay_out, takes_image
 from rtfocus.microscope.series import (
     Complaints,
@@ -74,6 +74,8 @@ class PlannedAcquisition:
             on_start=self._begin,
             on_lost=self.lose,
         )
+        self._exposing: SequenceEngine = self._engine
+        """Knows where the stage stands in a hardware sequence."""
         self._engine.send_focus_image = self.send_focus_image
         self._engine.place_of = self._place_of
         self._engine.failed_settings = lambda: self._complaints.failed_settings
@@ -212,10 +214,10 @@ class PlannedAcquisition:
                 return None
             z_um: float | None = position.get("z", event.z_pos)
             return z_um
-        standing = self._engine.standing_z_um
+        standing = self._exposing.standing_z_um
         if standing is not None or event.z_pos is None:
             return standing
-        return self._engine.z_um(event)
+        return self._exposing.z_um(event)
 
     def _place_of(self, event: useq.MDAEvent) -> tuple[int, float]:
         """Return the index p of a planned image and its distance from the reference."""
@@ -351,6 +353,8 @@ class FollowedAcquisition(PlannedAcquisition):
             images = filter(takes_image, self._sequence)
             for ordinal, event in enumerate(images):
                 self._ordinals[_place(event)].append(ordinal)
+            if isinstance(engine := self._core.mda.engine, SequenceEngine):
+                self._exposing = engine
             set_ups = SetUps(self._core)
             set_ups.require_one_geometry(self._sequence)
             set_ups.begin(self._sequence)

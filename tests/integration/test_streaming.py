@@ -288,6 +288,22 @@ def test_the_images_of_a_hardware_sequence_come_to_a_stream_or_are_counted(
     assert list(written) == ([0, 2, 3, 4] if is_lost else [0, 1, 2, 3, 4])
 
 
+@pytest.mark.parametrize("moves", [True, False], ids=["triggered z", "standing z"])
+def test_frames_of_a_hardware_sequence_say_where_the_stage_was_corrected_to(
+    moves, core, recorder
+):
+    config, end = recorder
+    config = config.changed("autofocus", channel_offsets_um={"DAPI": 1.5})
+    plan = {"channels": ["DAPI"], "stage_positions": [{"x": 0, "y": 0, "z": 3}]}
+    plan |= PLANS["hardware z"] if moves else PLANS["time"]
+    with rtfocus.stream(core, config, processor="configured") as live:
+        core.mda.run(useq.MDASequence(**plan))
+    end()
+    planned = [1, 2, 3, 4, 5] if moves else [3, 3, 3, 3]
+    frames = live.runs[0].frames
+    assert frames["z_um"] == pytest.approx(np.array(planned) + 1.5, abs=0.01)
+
+
 class EngineOfSomebody(MDAEngine):
     """Answers nothing of rtfocus."""
 
