@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from rtfocus.errors import ExitCode
@@ -168,6 +169,21 @@ class Accounting:
                 "rejected_messages": dict(self.rejected),
                 "unaccounted": self.unaccounted,
             }
+
+
+class Terms(msgspec.Struct):
+    """The terms as a report has them, see `Accounting.summary`; older have fewer."""
+
+    acquired: int
+    written: int
+    focus: int
+    dropped: dict[str, int]
+    in_error: dict[str, int]
+    planned: int | None = None
+    camera_lost: int = 0
+    not_acquired: int = 0
+    unaccounted: int = 0
+    rejected_messages: dict[str, int] = {}
 
 
 class StageTimes:

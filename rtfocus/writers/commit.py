@@ -21,7 +21,7 @@ import msgspec
 from rtfocus.errors import FREE_SPACE, BusyError, WriterError, remedy
 from rtfocus.frame import Slot
 from rtfocus.machine import RUN_CLOCK, free_bytes
-from rtfocus.metrics import Accounting
+from rtfocus.metrics import Accounting, Terms
 from rtfocus.writers.arrays import Commit
 from rtfocus.writers.folder import RunLock
 from rtfocus.writers.header import REJECTED_NAME, REPORT_NAME, write_json
@@ -152,21 +152,6 @@ def report_of(folder: Path) -> dict[str, Any]:
         msg = f"'{folder / REPORT_NAME}' cannot be read: {error}; run: {mend}"
         raise WriterError(msg) from error
     return found | {"accounting": found["accounting"] | msgspec.to_builtins(terms)}
-
-
-class Terms(msgspec.Struct):
-    """The terms of the loss identity as a report has them."""
-
-    acquired: int
-    written: int
-    focus: int
-    dropped: dict[str, int]
-    in_error: dict[str, int]
-    planned: int | None = None
-    camera_lost: int = 0
-    not_acquired: int = 0
-    unaccounted: int = 0
-    rejected_messages: dict[str, int] = {}
 
 
 _Numbers = dict[str, float | None]
