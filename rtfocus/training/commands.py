@@ -20,7 +20,7 @@ from torch import nn
 
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.sections import Section
-from rtfocus.engines.card import CARD_NAME, identity, read_card
+from rtfocus.engines.card import CARD_NAME, Precision, identity, read_card
 from rtfocus.errors import ConfigError
 from rtfocus.files import resource_folder
 from rtfocus.images.metadata import TEXT_MARK
@@ -40,7 +40,6 @@ from rtfocus.training.onnx_forms import (
     write_onnx,
 )
 from rtfocus.training.recipe import (
-    Precision,
     RecipeBase,
     SourceRecipe,
     file_name,

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.loading import fault_in_words, read_yaml
 from rtfocus.config.sections import Section
+from rtfocus.engines.card import Precision
 from rtfocus.errors import ConfigError
 from rtfocus.specimens import SPECIMEN_KINDS, SpecimenKind
 
@@ -257,7 +258,6 @@ class SignedClassRecipe(RecipeBase):
     optimiser: PatchOptimiserRecipe = PatchOptimiserRecipe()
 
 
-Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
