@@ -90,6 +90,10 @@ class EstimateInbox:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what has come: a series begins, and counts its images from 0."""
         self._newest: Estimate | None = None
         self._newest_early = ("", -1)
         self.also: Callable[[Estimate], None] = lambda _: None
@@ -157,6 +161,7 @@ class LoopActions(FocusActions):
     def setup_sequence(self, sequence: useq.MDASequence) -> Any:  # noqa: ANN401
         """Set the plan up; the drift of a plan before is forgotten."""
         names = [channel.config for channel in sequence.channels]
+        self._focusing.inbox.begin()
         self.holder = self._focusing.holder(self.focuser, names)
         self._asked_before = self._set_aside = None
         self._focusing.requests.clear()  # of a plan before
@@ -192,9 +197,7 @@ class FocusingEngine(LoopActions, RecordingEngine):
     def __init__(self, core: Any, *, focusing: "Focusing", **events: Any) -> None:  # noqa: ANN401 as of RecordingEngine
         super().__init__(core, **events)
         self._focusing = focusing
-        self.focuser = focusing.focuser(
-            core, lambda *image: self.send_focus_image(*image)
-        )
+        self.focuser = focusing.focuser(core, lambda *i: self.send_focus_image(*i))
 
     def place(self, event: useq.MDAEvent) -> tuple[Key, float]:
         """Return the place in the store, and the slice in um."""
@@ -279,9 +282,7 @@ class Focusing:
             Sends an image of a channel and z to the processor; returns its sequence.
         """
 
-        def read(
-            pixels: NDArray[np.generic], channel: str, z_um: float
-        ) -> FocusReading:
+        def read(pixels: NDArray[Any], channel: str, z_um: float) -> FocusReading:
             sequence = send(pixels, channel, z_um)
             timeout_s = self._config.autofocus.request_timeout_s
             reading = self.inbox.wait(sequence, timeout_s).focus
@@ -335,11 +336,10 @@ class Focusing:
 
     def _is_news(self, correction: Correction, now_ns: int) -> bool:
         """Tell moves, changes of mind, and of the rest one each half second."""
-        last = self._noted.get(correction.key)
-        if last is not None and not correction.step_um:
-            since_ns, reason = last
-            if reason == correction.reason and now_ns - since_ns < _NOTE_NS:
-                return False
+        since_ns, reason = self._noted.get(correction.key, (0, ""))
+        is_known = reason == correction.reason and now_ns - since_ns < _NOTE_NS
+        if is_known and not correction.step_um:
+            return False
         self._noted[correction.key] = (now_ns, correction.reason)
         return True
 

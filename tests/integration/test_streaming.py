@@ -347,6 +347,37 @@ def test_who_looks_at_a_stream_is_heard(kind, core, tmp_path, caplog):
     assert ("autofocus" in heard) == (kind is MDAEngine)
 
 
+def test_every_plan_of_a_stream_is_searched_by_its_own_images(core, tmp_path):
+    config = parse_config(
+        {
+            "run": {"folder": str(tmp_path)},
+            "channels": [{"name": "DAPI", "optics": OPTICS}],
+            "processing": {"restoration": {"method": "none"}},
+            "store": {"restored": False, "min_free_mb": 1},
+        }
+    )
+    core.setROI(0, 0, 256, 256)
+    plain = useq.MDASequence(channels=["DAPI"], stage_positions=[(0, 0, 0)])
+    focus = {"axes": ["p"], "autofocus_device_name": "rtfocus"}
+    verdicts = []
+
+    def keep(_, __, meta):
+        notes = meta.get("extra", {}).get("rtfocus", {})
+        verdicts.append(notes.get("autofocus", {}))
+
+    core.mda.events.frameReady.connect(keep)
+    with rtfocus.stream(core, config) as live:
+        for plan in (plain, *[plain.replace(autofocus_plan=focus)] * 2):
+            core.mda.run(plan)
+    none, *searched = verdicts
+    assert none == {}
+    for verdict, report in zip(searched, live.reports[1:], strict=True):
+        # The DemoCamera's sine waves are the same at every z.
+        assert "does not answer" in verdict["reason"] or "noise" in verdict["reason"]
+        assert verdict["images"] >= 3
+        assert (report.frames, report.reason) == (1, "completed")
+
+
 def test_the_end_of_the_block_waits_for_a_plan_that_has_just_been_begun(core, recorder):
     config, end = recorder
     opened = threading.Event()
