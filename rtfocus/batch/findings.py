@@ -41,6 +41,8 @@ LEAST_PLANES, MOST_PLANES = 5, 1000
 """Of a stack that is asked for its focus: fewer say nothing, more are a film."""
 _LEAST_RISE = 2.0
 """Times the distance in focus that both ends of a stack are away from it."""
+_LEAST_SHARE = 0.02
+"""Of the larger one, by which both are farther away: none of them seems in focus."""
 _MARGIN = 0.75
 """Of the steps between planes: with it nine of ten foci lay in the range told."""
 
@@ -125,15 +127,13 @@ def focus_of_stack(
         why = "the distances of its planes do not fall towards one z and rise again"
         return StackFocus("unknown", explained=best.explained, why=why)
     parts = [slice(None, None, 2), slice(1, None, 2)]
-    fits = (
-        [_Fit(heights[part], roots[part]) for part in parts]
-        if len(heights) >= 10
-        else []
-    )
+    halves = parts if len(heights) >= 2 * LEAST_PLANES else []
+    fits = [_Fit(heights[part], roots[part]) for part in halves]
     margin = _MARGIN * float(np.median(np.diff(places)))
     low = min(fit.low for fit in (best, *fits)) - margin
     high = max(fit.high for fit in (best, *fits)) + margin
-    rises = [end >= _LEAST_RISE * best.least for end in best.ends]
+    least = max(_LEAST_RISE * best.least, best.least + _LEAST_SHARE * max(best.ends))
+    rises = [end >= least > 0 for end in best.ends]
     if all(rises) and best.low > places[0] and best.high < places[-1]:
         middle = (best.low + best.high) / 2
         return StackFocus("within", middle, low, high, best.explained)
