@@ -63,13 +63,15 @@ def demo(
 
     A virtual microscope with a tilted specimen that drifts runs in Micro-Manager's
     core; its frames go over ZeroMQ to the processor like any other, and rtfocus holds
-    the left edge in focus.
+    the left edge in focus. A demo of before is replaced, no other run.
 
     [bold]Example:[/] rtfocus demo --folder runs
     """
-    # Here, not in the config: a copy of that replaces no run.
-    own = (f"run.folder={folder}", "store.overwrite=true")
-    settings = read_config("demo", [*own, *(overrides or ())])
+    changes = [f"run.folder={folder}", *(overrides or ())]
+    settings = read_config("demo", changes)
+    # Of all runs demos alone have a picture.
+    if (settings.run.folder / f"{settings.run.name}.rtfocus" / PICTURE_NAME).is_file():
+        settings = read_config("demo", ["store.overwrite=true", *changes])
     with (
         interruptible() as (stop, abandon),
         display_run(quiet=quiet) as on_monitor,

@@ -21,11 +21,20 @@ FIGURES = re.compile(
 )
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_the_demo_delivers_stores_report_and_picture(tmp_path):
     needs_shipped_engine()
+    plain = ("run.folder=out", "acquisition.mda.time_plan.loops=1")
+    mine = ("autofocus.mode=off", "processing.classifier=null", *plain)
+    succeeded(process_of("run", "demo", "-q", *sets(*mine), cwd=tmp_path))
+    before = contents(tmp_path / "out" / "demo.rtfocus")
     options = sets("acquisition.mda.time_plan={interval: 0.1, loops: 8}")
     said = succeeded(process_of("demo", "--folder", "out", *options, cwd=tmp_path))
-    folder = tmp_path / "out" / "demo.rtfocus"
+    assert contents(tmp_path / "out" / "demo.rtfocus") == before, "a run is replaced"
+    folder = tmp_path / "out" / "demo-2.rtfocus"
     counted = re.search(r"= 8 written \+ (\d+) focus probes \+ 0 dropped \+ 0 in", said)
     assert counted is not None, said
     assert int(counted[1]) >= 3
