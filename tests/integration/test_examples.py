@@ -100,7 +100,8 @@ def test_frames_are_a_table(recorded):
         ("README.md", 0, {"restored", "found", "run", "plane", "table"}),
         ("docs/reference/python.md", 0, {"restored", "found"}),
         ("docs/reference/python.md", 1, {"sharp"}),
-        ("docs/reference/python.md", 2, {"run", "plane", "table"}),
+        ("docs/reference/python.md", 2, {"results", "found"}),
+        ("docs/reference/python.md", 3, {"run", "plane", "table"}),
         ("docs/reference/images.md", 0, {"found", "plane"}),
     ],
 )
@@ -116,6 +117,7 @@ def test_what_a_page_shows_runs(page, number, made, recorded, tmp_path, monkeypa
     )
     text = (ROOT / page).read_text("utf-8")
     names = {"rtfocus": rtfocus, "image": image, "images": [image]}
+    names |= {"stack": [image] * 5, "z_um": range(5)}
     exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number], names)
     assert made <= set(names)
 
