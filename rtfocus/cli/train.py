@@ -196,8 +196,11 @@ def evaluate(
         Path, typer.Option("--output", "-o", help="Folder for tables and pictures.")
     ] = Path("evaluation"),
     tell: Annotated[
-        Told, typer.Option(help="Tell engines the optics, nothing, or try both.")
-    ] = "optics",
+        Told | None,
+        typer.Option(
+            help="Tell engines the optics, nothing, or try both; default: the optics."
+        ),
+    ] = None,
     blind: Annotated[
         bool, typer.Option("--blind", help="The same as --tell nothing.")
     ] = False,
@@ -248,7 +251,10 @@ def evaluate(
         threads=threads,
         precision=precision,
     )
-    told: Told = "nothing" if blind else tell
+    if blind and tell not in (None, "nothing"):
+        msg = f"--blind is --tell nothing, and --tell is '{tell}'; give one of the two"
+        raise ConfigError(msg)
+    told: Told = "nothing" if blind else tell or "optics"
     rows = wish.contenders(engines, _BLIND[told])
     sets = wish.data_sets()
     for one in sets:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.errors import WriterError
+from rtfocus.errors import WriterError, number_of
 from rtfocus.metrics import Accounting, Outcome
 from rtfocus.monitor import FOCUS_LOG
 from rtfocus.transport.viewer import (
@@ -225,10 +225,9 @@ def focus_in_words(lines: list[FocusLine]) -> str:
         text += f", {broken_off} broke off"
     if holds:
         moves = sum(bool(line.step_um) for line in holds)
-        text += (
-            f"; held {len(holds)} stacks with {moves} corrections, drift "
-            f"{holds[-1].drift_um:+.1f} um"
-        )
+        held = number_of(len(holds), "stack")
+        text += f"; held {held} with {number_of(moves, 'correction')}, drift "
+        text += f"{holds[-1].drift_um:+.1f} um"
     return text
 
 

@@ -336,6 +336,11 @@ def test_an_engine_that_is_none_is_told_before_data_are_asked_for(monkeypatch) -
         run("no_such")
 
 
+def test_what_is_told_is_said_once() -> None:
+    with pytest.raises(ConfigError, match="--tell is 'optics'; give one of the two"):
+        run("delpnet", "--blind", "--tell", "optics")
+
+
 def test_images_of_packages_are_kinds_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"fetch them with: python -m bench\.package"):
         find_data_set("packages", tmp_path, None)

@@ -15,7 +15,7 @@ from rtfocus.cli.display import processor_rows, screen, sparkline, told_of
 from rtfocus.frame import Estimate, FrameHeader, SlotPool
 from rtfocus.monitor import Monitor
 from rtfocus.report.facts import focus_in_words
-from rtfocus.transport.viewer import FailureLine, VerdictLine
+from rtfocus.transport.viewer import FailureLine, HoldLine, VerdictLine
 
 
 def running(*found: float | None, planned: int | None = 40, before: int = 0) -> Monitor:
@@ -91,6 +91,12 @@ def test_a_search_that_broke_off_is_one_of_those_that_were_begun() -> None:
     ]
     said = "autofocus: 1 of 3 searches found focus, 6 images, 1 broke off"
     assert focus_in_words(lines) == said
+    holds = [
+        HoldLine(time_ns=n, step_um=step, error_um=0, drift_um=0.5, reason="")
+        for n, step in enumerate((0.0, 0.4))
+    ]
+    said += "; held 2 stacks with 1 correction, drift +0.5 um"
+    assert focus_in_words([*lines, *holds]) == said
 
 
 def test_a_resumed_run_does_not_count_earlier_frames_as_its_own_speed() -> None:
