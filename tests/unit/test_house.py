@@ -21,6 +21,11 @@ def test_the_house_does_not_splinter() -> None:
     assert not grown
 
 
+def test_the_readme_stays_a_first_page() -> None:
+    page = Path(__file__).parents[2] / "README.md"
+    assert len(page.read_text("utf-8").splitlines()) <= 150
+
+
 def test_counting_sees_chains_and_single_importers() -> None:
     graph = {
         "a": {"a.b", "c"},
