@@ -9,11 +9,25 @@ import pytest
 import tifffile
 import yaozarrs
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 from image_file_kit import write_images
 
-from rtfocus.images.metadata import SOFTWARE, OutputImage, written_by_rtfocus
+from rtfocus.images.metadata import (
+    SOFTWARE,
+    OutputImage,
+    PlaneFacts,
+    result_names,
+    written_by_rtfocus,
+)
 from rtfocus.images.reading import open_images
-from rtfocus.images.series import ContrastWindow, ImageChannel, ImageSeries, PlatePlace
+from rtfocus.images.series import (
+    ContrastWindow,
+    ImageChannel,
+    ImageSeries,
+    PlatePlace,
+    StagePosition,
+)
 
 MADE = {"engine": "rtfocus-1@abc", "optics": "NA=0.75", "optics from": "the file"}
 CHANNELS = (
@@ -126,3 +140,56 @@ def test_a_result_says_how_it_was_made(tmp_path):
     write_images(tmp_path / "many.ome.zarr", many)
     for name in ("o.ome.tif", "o.ome.zarr", "many.ome.zarr"):
         assert written_by_rtfocus(tmp_path / name)
+
+
+def test_a_tiff_says_when_and_where_each_plane_was_taken(tmp_path):
+    taken = [PlaneFacts(0.5, 20.0, -3.0), PlaneFacts(1.5, 30.0, None)]
+    like = series(stage=StagePosition(1, 2, 7), channels=CHANNELS)
+    image = replace(result(like), taken=taken)
+    write_images(tmp_path / "o.ome.tif", [image])
+    with tifffile.TiffFile(tmp_path / "o.ome.tif") as file:
+        xml = tifffile.xml2dict(file.ome_metadata)["OME"]
+    planes = xml["Image"]["Pixels"]["Plane"]
+    # What is not known of a plane is where the stage stood at the first.
+    for plane, since_s, exposure, z_um in zip(
+        planes, (0.5, 1.5), (20, 30), (-3, 7), strict=True
+    ):
+        assert (plane["DeltaT"], plane["DeltaTUnit"]) == (since_s, "s")
+        assert (plane["ExposureTime"], plane["ExposureTimeUnit"]) == (exposure, "ms")
+        assert (plane["PositionX"], plane["PositionZ"]) == (1, z_um)
+
+
+def test_equal_results_are_equal_files_and_others_differ_in_their_uuid(tmp_path):
+    def written(name: str, **changes: object) -> bytes:
+        image = replace(result(series(channels=CHANNELS)), **changes)  # type: ignore[arg-type]
+        write_images(tmp_path / f"{name}.tif", [image])
+        return (tmp_path / f"{name}.tif").read_bytes()
+
+    first, other = written("a"), written("c", made={"engine": "x"})
+    assert first == written("b")
+    uuids = {data.partition(b'UUID="')[2][:45] for data in (first, other)}
+    assert len(uuids) == 2
+    # Of other counts the window of the input says nothing.
+    assert b"contrast window c0" in first
+    assert b"contrast window" not in written("d", keeps_counts=False)
+
+
+PARTS = st.sampled_from(["a", "A", "a.tif", "a.png", "b.ome.tif", "b", "con", "a_2"])
+
+
+@given(st.lists(st.lists(PARTS, min_size=1, max_size=3), min_size=1, max_size=6))
+def test_no_result_takes_the_name_or_the_folder_of_another(paths):
+    root = Path("in")
+    found = [series("x", path=root.joinpath(*parts)) for parts in paths]
+    names = result_names(found, root)
+    keys = [str(name).casefold() for name in names]
+    assert len(set(keys)) == len(paths)
+    folders = {str(parent).casefold() for name in names for parent in name.parents}
+    assert not folders & set(keys)
+
+
+def test_what_lies_off_a_stage_position_moves_along_its_own_axis():
+    stage = StagePosition(x_um=100, y_um=5, z_um=9)
+    assert stage.moved(2, 30) == StagePosition(x_um=130, y_um=7, z_um=9)
+    unknown = StagePosition(x_um=float("nan"))
+    assert unknown.moved(2, 30) == StagePosition(x_um=30, y_um=2)

@@ -5,6 +5,7 @@ import math
 import pytest
 import tifffile
 from image_file_kit import flat, ome_pixels, ome_xml, write_pages
+from scipy import constants as si
 
 from rtfocus.errors import InputError
 from rtfocus.images.metadata import coordinate_um, length_um, time_s
@@ -49,6 +50,35 @@ from rtfocus.images.reading import open_images
 def test_lengths_in_um(value, unit, um) -> None:
     found = length_um(value, unit)
     assert found == (None if um is None else pytest.approx(um, rel=1e-9))
+
+
+PREFIXES = "yotta zetta exa peta tera giga mega kilo hecto deca deci centi milli micro"
+PREFIXES += " nano pico femto atto zepto yocto"
+LETTERS = "Y Z E P T G M k h da d c m \u00b5 n p f a z y".split()
+
+
+def test_every_prefix_is_worth_what_the_si_says() -> None:
+    for prefix, letter in zip(PREFIXES.split(), LETTERS, strict=True):
+        worth = pytest.approx(getattr(si, prefix.replace("deca", "deka")), rel=1e-11)
+        for unit in (f"{letter}m", f"{prefix}meter", f"{prefix}metres"):
+            assert length_um(1e-6, unit) == worth, unit
+        for unit in (f"{letter}s", f"{prefix}second", f"{prefix}seconds"):
+            assert time_s(1, unit) == worth, unit
+
+
+def test_every_other_unit_is_worth_what_its_definition_says() -> None:
+    lengths = {"in": si.inch, "ft": si.foot, "yd": si.yard, "mi": si.mile}
+    lengths |= {"pt": si.point, "ua": si.au, "ly": si.light_year, "pc": si.parsec}
+    lengths |= {"thou": si.mil, "li": si.inch / 12, "angstrom": si.angstrom}
+    lengths |= {"foot": si.foot, "feet": si.foot, "yards": si.yard, "miles": si.mile}
+    lengths |= {"inches": si.inch, '"': si.inch, "parsecs": si.parsec}
+    for unit, metres in lengths.items():
+        assert length_um(1e-6, unit) == pytest.approx(metres, rel=1e-9), unit
+    times = {"min": si.minute, "h": si.hour, "hr": si.hour, "d": si.day}
+    times |= {"hours": si.hour, "days": si.day, "minutes": si.minute}
+    times |= {"sec": 1, "msec": si.milli, "us": si.micro}
+    for unit, seconds in times.items():
+        assert time_s(1, unit) == pytest.approx(seconds), unit
 
 
 def test_times_and_coordinates() -> None:
