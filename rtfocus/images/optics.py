@@ -27,6 +27,8 @@ _SHORT_NAMES = {
     "pixel": "pixel_size_um",
     "n": "refractive_index",
     "model": "psf_model",
+    "apodisation": "apodisation",
+    "offset": "defocus_offset_um",
 }
 _ABERRATION_NAMES = {
     "spherical": "spherical_waves",
@@ -44,8 +46,8 @@ def read_optics(text: str) -> OpticalSystem:
     ----------
     text
         A YAML file, as `rtfocus psf fit` writes it, or values by short name: NA,
-        wavelength (nm), pixel (um), n, model, and in waves spherical, astigmatism,
-        oblique (astigmatism), coma_x and coma_y.
+        wavelength (nm), pixel (um), n, model, apodisation, offset (of defocus, um),
+        and in waves spherical, astigmatism, oblique (astigmatism), coma_x and coma_y.
 
     Raises
     ------
@@ -233,6 +235,9 @@ def in_short(optics: OpticalSystem) -> str:
     for name, field in _ABERRATION_NAMES.items():
         waves = getattr(optics.aberrations, field)
         text += f",{name}={waves:g}" if waves else ""
+    for name in ("apodisation", "offset"):
+        value = getattr(optics, _SHORT_NAMES[name])
+        text += f",{name}={value:g}" if value else ""
     return text
 
 

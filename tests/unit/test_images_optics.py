@@ -1,11 +1,12 @@
 """Optics of images: who states them, what completes them, what is refused."""
 
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtfocus.channel import Aberrations, OpticalSystem
@@ -51,16 +52,99 @@ def stated(text: str) -> StatedOptics:
     st.floats(1, 2),
     st.sampled_from(["pupil", "born_wolf"]),
     st.tuples(*[st.floats(-5, 5)] * 5),
+    st.tuples(st.floats(0, 9), st.floats(-9, 9)),
 )
-def test_what_is_said_in_short_is_read_again(aperture, nm, um, index, model, waves):
-    optics = OpticalSystem(aperture, nm, um, index, model, Aberrations(*waves))
+def test_what_is_said_in_short_is_read_again(
+    aperture, nm, um, index, model, waves, others
+):
+    waved = Aberrations(*waves)
+    optics = OpticalSystem(aperture, nm, um, index, model, waved, *others)
     read = read_optics(in_short(optics))
+    assert (read.apodisation, read.defocus_offset_um) == pytest.approx(others, rel=1e-5)
     assert in_short(read) == in_short(optics)
     assert read.psf_model == model
     numbers = (read.numerical_aperture, read.wavelength_nm, read.pixel_size_um)
     assert numbers == pytest.approx((aperture, nm, um), rel=1e-5)
     assert astuple(read.aberrations) == pytest.approx(waves, rel=1e-5)
     assert read.refractive_index == pytest.approx(index, rel=1e-5)
+
+
+EXACT = st.builds(
+    OpticalSystem,
+    st.floats(0.05, 0.99),
+    st.floats(200, 2000),
+    st.floats(0.01, 20),
+    st.floats(1, 2),
+    st.sampled_from(["pupil", "born_wolf"]),
+    st.builds(Aberrations, *[st.floats(-5, 5)] * 5),
+    st.floats(0, 9),
+    st.floats(-9, 9),
+)
+
+
+@settings(max_examples=20)
+@given(EXACT, st.sampled_from(["alone", "optics", "channels"]))
+def test_optics_of_a_file_are_read_to_the_last_digit(tmp_path_factory, optics, form):
+    content: dict[str, object] = asdict(optics)
+    if form != "alone":
+        content = {"optics": content, "fit": {"wavelength_nm": 1}}
+    if form == "channels":
+        content = {"channels": [content, {"optics": {}}]}
+    path = tmp_path_factory.mktemp("optics") / "o.yaml"
+    path.write_text(yaml.safe_dump(content), "utf-8")
+    assert read_optics(str(path)) == optics
+
+
+@settings(max_examples=20)
+@given(EXACT, st.randoms(use_true_random=False))
+def test_values_are_told_in_any_order_and_each_once(optics, random):
+    parts = in_short(optics).split(",")
+    again = random.sample(parts, len(parts))
+    assert read_optics(" , ".join(again)) == read_optics(",".join(parts))
+    name = random.choice(parts).partition("=")[0]
+    with pytest.raises(ConfigError, match=f"'{name}' is there twice"):
+        read_optics(f"{','.join(again)},{name}=1")
+    with pytest.raises(ConfigError, match="'NA2' is unknown; known are NA, wave"):
+        read_optics(f"NA2=1,{','.join(again)}")
+
+
+STATED = {"NA": 0.5, "wavelength": 610, "pixel": 0.33, "n": 1.4}
+
+
+@settings(max_examples=50)
+@given(st.sets(st.sampled_from(sorted(STATED))), st.sets(st.integers(0, 3)))
+def test_what_is_stated_comes_first_and_the_file_completes_it(keys, known):
+    """Each value is the user's, else the file's, else unknown or air."""
+    waves = (ImageChannel(emission_nm=450), ImageChannel(emission_nm=520))
+    facts = {"numerical_aperture": 0.75, "channels": waves, "refractive_index": 1.33}
+    # As of two programs that round: no contradiction, and told apart.
+    facts |= {"pixel_size_x_um": 0.331}
+    of_file = dict(zip(STATED, (0.75, 520, 0.331, 1.33), strict=True))
+    names = ("numerical_aperture", "channels", "pixel_size_x_um", "refractive_index")
+    one = image(**{names[number]: facts[names[number]] for number in known})
+    said = ",".join(f"{key}={STATED[key]}" for key in sorted(keys))
+    found = find_optics(one, 1, stated=stated(said) if keys else None)
+    right = {
+        key: STATED[key] if key in keys else of_file[key]
+        for number, key in enumerate(STATED)
+        if key in keys or number in known
+    }
+    if not {"NA", "wavelength", "pixel"} <= right.keys():
+        assert found.system is None
+        return
+    assert found.system is not None
+    seen = found.system
+    told = (seen.numerical_aperture, seen.wavelength_nm, seen.pixel_size_um)
+    assert (*told, seen.refractive_index) == (
+        *(right[key] for key in ("NA", "wavelength", "pixel")),
+        right.get("n", 1),
+    )
+
+
+def test_a_channel_that_a_file_does_not_describe_has_no_wavelength_of_another():
+    green = (ImageChannel(emission_nm=520),)
+    whole = pixels(0.325, numerical_aperture=0.75, channels=green)
+    assert find_optics(whole, 1).source == "no emission wavelength"
 
 
 def test_the_option_is_completed_by_the_file():
