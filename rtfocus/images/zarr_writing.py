@@ -313,7 +313,7 @@ def _ome(image: OutputImage, levels: int) -> v05.Image:
                 datasets=[
                     v05.Dataset(
                         path=str(level),
-                        coordinateTransformations=_transforms(like, steps, 2**level),
+                        coordinateTransformations=_transforms(like, steps, level),
                     )
                     for level in range(levels)
                 ],
@@ -324,13 +324,15 @@ def _ome(image: OutputImage, levels: int) -> v05.Image:
 
 
 def _transforms(
-    like: ImageSeries, steps: Sequence[float | None], factor: int
+    like: ImageSeries, steps: Sequence[float | None], level: int
 ) -> list[v05.ScaleTransformation | v05.TranslationTransformation]:
     """Return scale and place of a level: its first pixel is the mean of the first."""
     scale = [step or 1.0 for step in steps]
     place = [0.0] * 5
     stage = (like.stage.y_um, like.stage.x_um) if like.stage else (None, None)
-    for axis, um in zip((3, 4), stage, strict=True):
+    for axis, um, length in zip((3, 4), stage, like.shape[:2], strict=True):
+        # An axis is halved until it has one pixel.
+        factor = 2 ** min(level, length.bit_length() - 1)
         known = um if um is not None and steps[axis] is not None else 0.0
         place[axis] = known + (factor - 1) / 2 * scale[axis]
         scale[axis] *= factor
