@@ -320,7 +320,7 @@ def _explain(detail: ErrorDetails) -> str:
     location = tuple(
         part
         for i, part in enumerate(detail["loc"])
-        if not (i == 1 and detail["loc"][0] == "microscope" and len(detail["loc"]) > 2)
+        if not (i == 1 and detail["loc"][0] == "microscope")
         # So does a value of several types, in pydantic's words.
         and "[" not in str(part)
     )

@@ -69,7 +69,7 @@ def types_within(annotation: Any) -> set[object]:
 def _implausible(name: str, value: object, key: FieldInfo) -> str | None:
     types = types_within(key.annotation)
     if isinstance(value, bool):
-        if bool not in types and types & {int, float}:
+        if bool not in types and {int, float} & {*types, *map(type, types)}:
             return "a number is needed; YAML reads yes, no, on and off as none"
     elif isinstance(value, int | float) and name != "seed":
         most = _MOST_S if name.endswith("_s") else _MOST

@@ -1,6 +1,7 @@
 """Config: defaults, overrides, and errors that help."""
 
 import json
+import re
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from rtfocus.config import Config, load_config, parse_config
-from rtfocus.config.sections import types_within
+from rtfocus.config.loading import overridden, restoring_in, with_engine
+from rtfocus.config.sections import RestorationConfig, types_within
 from rtfocus.engines.registry import find_engine, why_unfit
 from rtfocus.errors import ConfigError, EngineError, InputError, WriterError
 from rtfocus.files import resource_folder
@@ -371,3 +373,62 @@ def test_names_too_long_for_a_path_are_not_found_like_others():
         read_header(Path(name))
     with pytest.raises(InputError, match="does not exist"):
         find_images(Path(name))
+
+
+def numbers(section: dict[str, Any], *at: str) -> Iterator[tuple[str, ...]]:
+    """Yield the keys of a dumped config that hold a number."""
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from numbers(value, *at, name)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield *at, name
+
+
+def test_no_number_of_any_section_is_a_truth_value_or_beyond_all_measure() -> None:
+    keys = list(numbers(Config().model_dump()))
+    assert ("microscope", "surface", "z_um") in keys
+    for key in keys:
+        bad = [True, "x", float("nan")]
+        bad += [] if key[-1] == "seed" else [1.1e12, -1.1e12]
+        bad += [1.1e6] if key[-1].endswith("_s") else []
+        for value in bad:
+            data = Config().model_dump()
+            reduce(lambda node, name: node[name], key[:-1], data)[key[-1]] = value
+            with pytest.raises(ConfigError, match=f"'{re.escape('.'.join(key))}[.']"):
+                parse_config(data)
+
+
+def test_what_is_chosen_for_all_channels_is_chosen_for_those_with_their_own() -> None:
+    own = {"classifier": None, "restoration": {"method": "none", "halo_px": 7}}
+    config = parse_config({"channels": [{"name": "a", **own}, {"name": "b"}]})
+    turned = restoring_in(config, 4)
+    for name in "ab":
+        (classifier, before), after = config.engines_of(name), turned.engines_of(name)
+        assert after == (classifier, before.model_copy(update={"orientations": 4}))
+    with_one = with_engine(turned, "classifier", "mine")
+    for name in "ab":
+        assert with_one.engines_of(name) == ("mine", turned.engines_of(name)[1])
+    plain = with_engine(turned, "restoration", {"method": "wiener"})
+    for name in "ab":
+        said = turned.engines_of(name)[0]
+        assert plain.engines_of(name) == (said, RestorationConfig(method="wiener"))
+
+
+def test_every_path_of_a_typed_list_begins_where_one_works(tmp_path: Path) -> None:
+    path = write(tmp_path, {"processing": {"engine_folders": ["a"]}})
+    assert load_config(path).processing.engine_folders == [tmp_path / "a"]
+    typed = load_config(path, ["processing.engine_folders=[a, b]"])
+    here = [Path("a").resolve(), Path("b").resolve()]
+    assert typed.processing.engine_folders == here
+    again = overridden(load_config(path), ["camera.flat_field=f.tif"])
+    assert again.camera.flat_field == Path("f.tif").resolve()
+    assert again.processing.engine_folders == [tmp_path / "a"]
+
+
+def test_one_gpu_is_a_list_of_one_and_none_is_named_twice() -> None:
+    for given_index, right in ((1, [1]), ("2", [2]), ([2, 0], [2, 0])):
+        config = parse_config({"processing": {"gpu": {"index": given_index}}})
+        assert config.processing.gpu.index == right
+    for bad in ([1, 0, 1], [], -1):
+        with pytest.raises(ConfigError, match=r"'processing\.gpu\.index"):
+            parse_config({"processing": {"gpu": {"index": bad}}})
