@@ -277,7 +277,9 @@ def _taken_off_um(event: useq.MDAEvent) -> float:
     number = event.index.get("z")
     if image_count(event) or plan is None or not plan.is_relative or number is None:
         return 0.0
-    return float(list(plan)[number])
+    heights = list(plan)
+    # Of a longer stack of the position's own it has none.
+    return float(heights[number]) if number < len(heights) else 0.0
 
 
 def beside_held(event: useq.MDAEvent, held_um: float | None) -> useq.MDAEvent:
