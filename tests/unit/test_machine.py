@@ -3,11 +3,14 @@
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rtfocus.errors import OutputError, WriterError
+from rtfocus.errors import EngineError, OutputError, WriterError
 from rtfocus.machine import (
     DiskWatch,
     Memory,
@@ -16,6 +19,7 @@ from rtfocus.machine import (
     check_space,
     memory,
     processor_name,
+    usable,
     usable_threads,
 )
 
@@ -188,3 +192,47 @@ def test_a_clock_that_stands_still_for_16_ms_is_counted_on(
     assert all(now <= before for before, now in pairwise(late_ns))
     told["set_by_ns"] = 3600 * 10**9
     assert clock.told_ns() - clock.now_ns() > 3599 * 10**9
+
+
+class Kind(NamedTuple):
+    name: str
+    why: str | None
+
+
+@given(whys=st.lists(st.sampled_from([None, "not built"]), max_size=4), data=st.data())
+def test_what_can_be_used_comes_best_first_and_nothing_else(
+    whys: list[str | None], data: st.DataObject
+) -> None:
+    kinds = [Kind(f"kind{number}", why) for number, why in enumerate(whys)]
+    wanted = data.draw(st.sampled_from(["auto", "none", "kind0", "kind2"]))
+    meant = [kind for kind in kinds if wanted in ("auto", kind.name)]
+    able = [kind for kind in meant if kind.why is None]
+    asked: list[Kind] = []
+
+    def why(kind: Kind) -> str | None:
+        asked.append(kind)
+        return kind.why
+
+    found = usable("backend", wanted, kinds, why, "; look here")
+    if not able:
+        with pytest.raises(EngineError, match=f"for '{wanted}': .*; look here"):
+            next(found)
+        return
+    assert next(found) is able[0]
+    assert asked == meant[: meant.index(able[0]) + 1], "those behind are not asked"
+    assert list(found) == able[1:]
+
+
+def test_of_nested_control_groups_the_tightest_counts(tmp_path: Path) -> None:
+    (tmp_path / "cgroup").write_text("0::/job/step\n")
+    groups = (("job/step", 9000, 100), ("job", 7000, 6500), ("", 8000, 9000))
+    for folder, limit, used in groups:
+        group = tmp_path / folder
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "memory.max").write_text(str(limit))
+        (group / "memory.current").write_text(str(used))
+        (group / "memory.stat").write_text(f"inactive_file {300 if folder else 0}")
+    # The outermost is over its limit: nothing is free, not less.
+    assert memory(tmp_path, tmp_path / "cgroup") == Memory(7000, 0)
+    (tmp_path / "memory.max").write_text("max")
+    assert memory(tmp_path, tmp_path / "cgroup") == Memory(7000, 800)

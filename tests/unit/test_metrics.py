@@ -1,11 +1,19 @@
 """Metrics: percentiles in constant memory and the loss identity."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rtfocus.metrics import Accounting, Histogram
+from rtfocus.metrics import (
+    Accounting,
+    Histogram,
+    Outcome,
+    accounting_in_words,
+    plan_in_words,
+)
 
 
 def test_percentiles_agree_with_numpy_to_two_percent() -> None:
@@ -62,3 +70,40 @@ def test_the_loss_identity_shows_what_nobody_counted() -> None:
     assert accounting.summary()["in_error"] == {"write": 1, "process": 1}
     accounting.set_acquired(3)
     assert accounting.acquired == 10
+
+
+places = st.dictionaries(st.sampled_from(["gap", "stall", "write"]), st.integers(1, 9))
+
+
+def numbers(words: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", words)]
+
+
+@given(st.tuples(*[st.integers(0, 3)] * 4), places, places, st.integers(0, 60))
+def test_both_identities_add_up_in_words(
+    terms: tuple[int, int, int, int],
+    dropped: dict[str, int],
+    in_error: dict[str, int],
+    planned: int,
+) -> None:
+    written, focus, unaccounted, camera_lost = terms
+    accounting = Accounting()
+    accounting.count("written", number=written)
+    accounting.count("focus", number=focus)
+    for term, by_place in (("dropped", dropped), ("in_error", in_error)):
+        for place, number in by_place.items():
+            accounting.count(term, place, number)
+    lost = sum(dropped.values()) + sum(in_error.values())
+    sent = written + lost + unaccounted
+    accounting.end(sent + focus, planned=planned, camera_lost=camera_lost)
+    said = accounting.summary()
+    assert said["unaccounted"] == unaccounted
+    acquired, *parts = numbers(accounting_in_words(said))
+    assert acquired == sum(parts) == sent + focus
+    told, *parts = numbers(plan_in_words(said))
+    assert (told, sum(parts)) == (planned, max(planned, sent + camera_lost))
+    outcome = Outcome.of_report({"accounting": said, "reason": "why"})
+    assert sum(outcome.lost.values()) == lost + camera_lost
+    assert outcome.is_complete == (lost + camera_lost == 0 and sent >= planned)
+    missing = filter(None, [*outcome.lost.values(), outcome.not_acquired])
+    assert numbers(str(outcome)) == [written, planned, *missing]

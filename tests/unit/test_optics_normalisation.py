@@ -11,7 +11,10 @@ from rtfocus.optics.normalisation import (
     ContrastToNoise,
     LocalStandardisation,
     PercentileRange,
+    around,
+    haar,
     halved,
+    mean_product,
     pad_frame,
 )
 from rtfocus.specimens import draw_specimen
@@ -218,3 +221,37 @@ def test_half_the_size_loses_no_step_of_eight_bits_and_keeps_other_types():
     colour = halved(np.stack([counts.astype(np.float32)] * 3, axis=-1))
     assert colour.dtype == np.float32
     assert colour.tolist() == [[[2.75] * 3]]
+
+
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), seed=st.integers(0, 2**31))
+def test_what_tells_details_is_what_it_says_cell_by_cell(rows, columns, seed):
+    rng = np.random.default_rng(seed)
+    image = rng.standard_normal((4 * rows, 4 * columns), np.float32)
+    mean, (down, across, diagonal) = haar(image)
+    rebuilt = np.empty_like(image)
+    for y, x in np.ndindex(2, 2):
+        # Top and left are where a detail is positive.
+        v, h = 1 - 2 * y, 1 - 2 * x
+        rebuilt[y::2, x::2] = mean + v * down + h * across + v * h * diagonal
+    np.testing.assert_allclose(rebuilt, image, atol=1e-5)
+    details, others = rng.standard_normal((2, 3, 2 * rows, 2 * columns), np.float32)
+    products = mean_product(details, others, 2)
+    near = around(products)
+    assert products.shape == near.shape == (rows, columns)
+    for y, x in np.ndindex(rows, columns):
+        cell = np.s_[:, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+        expected = (details[cell] * others[cell]).sum(axis=0).mean()
+        assert products[y, x] == pytest.approx(expected, abs=1e-5)
+        place = np.s_[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3]
+        assert near[y, x] == pytest.approx(products[place].mean(), abs=1e-5)
+
+
+@given(height=st.integers(1, 300), width=st.integers(1, 300), most=st.integers(1, 999))
+def test_percentiles_are_read_from_as_few_pixels_as_are_enough(height, width, most):
+    ranged = PercentileRange(low_percent=0, high_percent=100, sample_px=most)
+    frame = np.arange(height * width, dtype=np.float32).reshape(height, width)
+    step = ranged.step(frame.size)
+    assert step**2 * most <= frame.size or step == 1
+    assert (step + 1) ** 2 * most > frame.size
+    seen = frame[::step, ::step]
+    assert ranged.fit(frame) == (0, float(seen[-1, -1]) or 1)

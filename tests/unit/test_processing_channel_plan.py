@@ -5,12 +5,16 @@ import pytest
 import yaml
 from engine_kit import write_brightness_joint
 
-from rtfocus.channel import Channel
+from rtfocus.channel import Channel, OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.engines.registry import find_engine
 from rtfocus.errors import ConfigError, EngineError
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
-from rtfocus.processing.channel_plan import find_classifier, plan_channel
+from rtfocus.processing.channel_plan import (
+    compare_pixel_size,
+    find_classifier,
+    plan_channel,
+)
 
 SHAPE = (200, 260)
 
@@ -136,3 +140,20 @@ def test_restoration_by_a_classifier_that_knows_focus_alone_is_refused(
 def test_a_method_that_restores_is_no_classifier():
     with pytest.raises(EngineError, match=r"'wiener' restores .*: delpnet, rtfocus-1"):
         find_classifier("wiener")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "warns"), [(1.019, False), (1.021, True), (0.979, True)]
+)
+def test_another_pixel_size_than_the_optics_is_warned_of(ratio, warns, caplog):
+    optics = OpticalSystem(0.5, 451.0, 0.65)
+    compare_pixel_size("DAPI", optics, 0.65 * ratio)
+    assert bool(caplog.records) == warns
+
+
+def test_levels_with_a_sign_have_a_psf_on_either_side():
+    found = plan("wiener", "rtfocus-1")
+    levels = found.classifier.card.levels
+    assert levels.signed
+    sides = set(range(1, levels.count))
+    assert set(found.psfs_of_size(9)) == sides | {-level for level in sides}

@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rtfocus.engines.card import OutputCard, parse_card, read_card
 from rtfocus.engines.fitted import DeviationCard, stated_um
 from rtfocus.errors import EngineError
 from rtfocus.files import resource_folder
-from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
-from rtfocus.processing.classify import LabelDecoder
+from rtfocus.frame import BACKGROUND, DefocusMap, FrameHeader, TileGrid
+from rtfocus.processing.classify import LabelDecoder, estimate_frame
 
 LABELS = [-2, -1, 0, 1, 2, "bg"]
 
@@ -154,3 +156,31 @@ def test_numbers_that_no_engine_has_are_refused_with_the_value(
     card[section][key] = value
     with pytest.raises(EngineError, match=said):
         parse_card(card, "here")
+
+
+@given(
+    levels=st.lists(
+        st.sampled_from([BACKGROUND, -3, -1, 0, 2]), min_size=1, max_size=8
+    ),
+    share=st.floats(0.01, 1),
+    data=st.data(),
+)
+def test_a_frame_is_what_its_tiles_are_in_whatever_order(levels, share, data):
+    weights = {-3: 1.0, -1: 0.3, 0: 0.45, 2: 0.7, BACKGROUND: 0.9}
+    order = data.draw(st.permutations(levels))
+    grid = TileGrid(1, len(levels), 96, 48.0, 47.5, signed=True)
+    level = np.array([order], np.int16)
+    defocus_um = np.where(level == BACKGROUND, np.nan, 1.5 * level).astype(np.float32)
+    confidence = np.vectorize(weights.get)(level) * share
+    header = FrameHeader(1, "u", 5, (96, 240), "<u2", 0, 1.0, {"t": 5})
+    found = estimate_frame(header, DefocusMap(grid, defocus_um, confidence, level))
+    seen = [one for one in levels if one != BACKGROUND]
+    assert found.foreground == pytest.approx(len(seen) / len(levels))
+    if not seen:
+        assert found.level is found.defocus_um is None
+        return
+    total = {one: seen.count(one) * weights[one] for one in seen}
+    assert total[found.level] == pytest.approx(max(total.values()))
+    mean = sum(one * total[one] for one in total) / sum(total.values())
+    assert found.defocus_um == pytest.approx(1.5 * mean, abs=1e-5)
+    assert found.confidence == pytest.approx(share * sum(total.values()) / len(seen))

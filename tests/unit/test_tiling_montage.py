@@ -1,12 +1,25 @@
 """Blending weights: a partition of unity for every frame and grid."""
 
+from math import ceil
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtfocus.frame import BACKGROUND, TileGrid
-from rtfocus.processing.montage import Montage, Region, axis_weights
+from rtfocus.processing.montage import (
+    Montage,
+    Region,
+    axis_weights,
+    from_planes,
+    paired_planes,
+    to_planes,
+)
+
+
+def approx(image):
+    return pytest.approx(image, abs=1e-5)
 
 
 def grid(rows: int, columns: int, *, stride: float = 42.0) -> TileGrid:
@@ -99,3 +112,47 @@ def test_frames_smaller_than_a_tile_belong_to_the_one_tile(side):
     region = montage.region(labels, 7)
     assert region.shape == (side, side)
     np.testing.assert_array_equal(montage.weights(labels, 7, region), 1.0)
+
+
+@settings(max_examples=40)
+@given(
+    height=st.integers(1, 200),
+    width=st.integers(1, 200),
+    seed=st.integers(0, 2**31),
+    window=st.sampled_from(["triangular", "rectangular"]),
+)
+def test_a_level_weighs_what_its_tiles_weigh_each_within_its_own_region(
+    height, width, seed, window
+):
+    # Every tile has its centre in the frame.
+    rows, columns = (max(1, ceil((side - 41.5) / 42)) for side in (height, width))
+    montage = Montage(grid(rows, columns), (height, width), window)
+    labels = np.random.default_rng(seed).integers(0, 2, (rows, columns)) * 2
+    total = np.zeros((height, width), np.float32)
+    for row, column in zip(*np.nonzero(montage.tiles(labels)), strict=True):
+        region = montage.tile_region(row, column)
+        own = montage.tile_weights(row, column, region)
+        assert own.any(axis=0).all()
+        assert own.any(axis=1).all()
+        whole = montage.tile_weights(row, column, montage.whole)
+        assert own.sum() == pytest.approx(whole.sum(), rel=1e-4)
+        total[region.rows, region.columns] += own
+    np.testing.assert_allclose(montage.restored_share(labels), total, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3)])
+def test_planes_of_a_batch_become_the_frame_again(shape, channels):
+    signal = np.random.default_rng(0).random(shape, np.float32)
+    planes = to_planes(signal, channels)
+    assert planes.shape[1:] == (channels, 4, 6)
+    assert from_planes(planes, shape) == approx(signal)
+    pairs = paired_planes(signal, from_planes(2 * planes, shape))
+    assert len(pairs) == (1 if len(shape) == 2 else 3)
+    for before, after in pairs:
+        assert before.shape == (4, 6)
+        assert after == approx(2 * before)
+    # A grey frame is the mean of what its channels became.
+    uneven = planes + np.arange(channels, dtype=np.float32)[:, None, None]
+    if len(shape) == 2:
+        assert from_planes(uneven, shape) == approx(signal + (channels - 1) / 2)

@@ -253,3 +253,49 @@ def test_wells_have_a_folder_each_on_every_file_system() -> None:
             position_paths(in_wells(*twice))
     with pytest.raises(WriterError, match=r"no folders called \['CON'\]"):
         position_paths(in_wells("A/01/0", "CON/01/0"))
+
+
+@given(sizes=plans, endless=st.booleans(), data=st.data())
+def test_rank_and_place_undo_each_other_in_the_order_of_acquisition(
+    sizes: dict[str, int], endless: bool, data: st.DataObject
+) -> None:
+    frames = planned(sizes)
+    plan = Plan(series({**sizes, "t": None} if endless else dict(sizes)))
+    assert plan.places == plan.images == (None if endless else len(frames))
+    first = next(iter(sizes))
+    for frame in data.draw(st.lists(st.sampled_from(frames), min_size=1, max_size=8)):
+        if endless and first != "t":
+            # Its rank would grow with a length that nobody knows: dense in t it is.
+            assert plan.rank(frame.index) == plan.flat(frame.index)
+        else:
+            assert plan.rank(frame.index) == frame.event_index
+            assert plan.place(plan.rank(frame.index)) == frame.index
+    assert plan.place(-1) is None
+    if not endless:
+        assert plan.place(len(frames)) is None
+
+
+@given(
+    every=st.integers(1, 4), skipped=st.sampled_from([0, 1]), loops=st.integers(1, 5)
+)
+def test_a_plan_that_leaves_places_out_ranks_those_it_has_without_holes(
+    every: int, skipped: int, loops: int
+) -> None:
+    sequence = useq.MDASequence(
+        time_plan={"interval": 0, "loops": loops},
+        z_plan={"range": 2, "step": 1},
+        channels=[
+            "a",
+            {"config": "b", "acquire_every": every, "do_stack": not skipped},
+        ],
+    )
+    places = [complete(dict(event.index)) for event in sequence]
+    sizes = {"t": loops, "c": 2, "z": 3}
+    plan = Plan(series(sizes, sequence.model_dump(mode="json")))
+    assert [plan.rank(place) for place in places] == list(range(len(places)))
+    assert [plan.place(rank) for rank in range(len(places))] == places
+    assert plan.place(len(places)) is None
+    assert plan.images is None, "the sender states how many"
+    for frame in planned(sizes):
+        if frame.index not in places:
+            assert plan.rank(frame.index) == plan.flat(frame.index)
