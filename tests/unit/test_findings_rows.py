@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rtfocus.batch.findings import COLUMNS, StatedErrors, find_in, tile_rows
@@ -52,6 +52,7 @@ def images() -> ImageSet:
     return ImageSet(Config(), [image({"t": 1, "c": 1, "z": 1})], free_choice=True)
 
 
+@settings(max_examples=25)
 @given(
     st.lists(st.lists(LEVELS, min_size=3, max_size=3), min_size=1, max_size=4),
     st.integers(8, 33),
@@ -79,6 +80,7 @@ def test_a_tile_lies_about_its_centre_within_the_frame(levels, tile_px, stride, 
             assert (row["label"], *told) == (str(level), level, level, off)
 
 
+@settings(max_examples=40)
 @given(st.lists(LEVELS, min_size=1, max_size=12))
 def test_shares_are_of_the_tiles_with_a_specimen_on_either_side(images, levels) -> None:
     images.turn_to([image({"t": 1, "c": 1, "z": 1})])

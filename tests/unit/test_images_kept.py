@@ -9,7 +9,7 @@ import pytest
 import tifffile
 import yaozarrs
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_file_kit import write_images
 
@@ -177,6 +177,7 @@ def test_equal_results_are_equal_files_and_others_differ_in_their_uuid(tmp_path)
 PARTS = st.sampled_from(["a", "A", "a.tif", "a.png", "b.ome.tif", "b", "con", "a_2"])
 
 
+@settings(max_examples=60)
 @given(st.lists(st.lists(PARTS, min_size=1, max_size=3), min_size=1, max_size=6))
 def test_no_result_takes_the_name_or_the_folder_of_another(paths):
     root = Path("in")

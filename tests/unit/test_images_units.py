@@ -59,7 +59,8 @@ LETTERS = "Y Z E P T G M k h da d c m \u00b5 n p f a z y".split()
 
 def test_every_prefix_is_worth_what_the_si_says() -> None:
     for prefix, letter in zip(PREFIXES.split(), LETTERS, strict=True):
-        worth = pytest.approx(getattr(si, prefix.replace("deca", "deka")), rel=1e-11)
+        factor = getattr(si, prefix.replace("deca", "deka"))
+        worth = pytest.approx(factor, rel=1e-11, abs=0)
         for unit in (f"{letter}m", f"{prefix}meter", f"{prefix}metres"):
             assert length_um(1e-6, unit) == worth, unit
         for unit in (f"{letter}s", f"{prefix}second", f"{prefix}seconds"):
@@ -73,7 +74,7 @@ def test_every_other_unit_is_worth_what_its_definition_says() -> None:
     lengths |= {"foot": si.foot, "feet": si.foot, "yards": si.yard, "miles": si.mile}
     lengths |= {"inches": si.inch, '"': si.inch, "parsecs": si.parsec}
     for unit, metres in lengths.items():
-        assert length_um(1e-6, unit) == pytest.approx(metres, rel=1e-9), unit
+        assert length_um(1e-6, unit) == pytest.approx(metres, rel=1e-9, abs=0), unit
     times = {"min": si.minute, "h": si.hour, "hr": si.hour, "d": si.day}
     times |= {"hours": si.hour, "days": si.day, "minutes": si.minute}
     times |= {"sec": 1, "msec": si.milli, "us": si.micro}
