@@ -110,25 +110,24 @@ def read_region(plane: Image, region: Region, shape: tuple[int, int]) -> Image:
         Height and width of the result, which is periodic: its margin leads from what
         lies behind the region to what lies before it.
     """
-    (height, width), columns, count = shape, region.columns, region.shape[1]
-    near, far = _beyond(columns, width, plane.shape[1])
-    wide = np.hstack([plane[:, columns], plane[:, near], plane[:, far]])
-    down = _extend(wide, region.rows, height)
-    down[:, count:width] += (down[:, width:] - down[:, count:width]) * _fade(len(near))
-    return np.ascontiguousarray(down[:, :width])
+    height, width = region.shape
+    result = np.empty(shape, plane.dtype)
+    below = _margin(plane, region.rows, shape[0])
+    for rows, into in ((plane[region.rows], result[:height]), (below, result[height:])):
+        into[:, :width] = rows[:, region.columns]
+        into[:, width:] = _margin(rows.T, region.columns, shape[1]).T
+    return result
 
 
-def _extend(plane: Image, span: slice, length: int) -> Image:
-    """Take rows ``span`` and add a margin up to `length` rows."""
-    behind, before = (plane[rows] for rows in _beyond(span, length, len(plane)))
-    behind += (before - behind) * _fade(len(behind))[:, None]
-    return np.concatenate([plane[span], behind])
-
-
-def _beyond(span: slice, length: int, size: int) -> list[NDArray[np.int64]]:
-    """Return the indices that are lacking behind a span, and as many before it."""
+def _margin(plane: Image, span: slice, length: int) -> Image:
+    """Return rows from behind a span that fade to those before it, up to `length`."""
     steps = np.arange(length - (span.stop - span.start))
-    return [_mirror(at + steps, size) for at in (span.stop, span.start - len(steps))]
+    behind, before = (
+        plane[_mirror(at + steps, len(plane))]
+        for at in (span.stop, span.start - len(steps))
+    )
+    behind += (before - behind) * _fade(len(steps))[:, None]
+    return behind
 
 
 def _mirror(index: NDArray[np.int64], length: int) -> NDArray[np.int64]:
