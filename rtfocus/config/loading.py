@@ -9,9 +9,9 @@ import codecs
 import difflib
 import os
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -28,8 +28,8 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_MOST_OF_LINE = 60
 _MOST_MB = 64  # plans that list every event have some; images have more
+_MOST_PLACES = 3
 _MOST_SHOWN = 80  # characters of a refused value that an error repeats
 
 
@@ -54,10 +54,7 @@ def read_yaml(
     """
     try:
         if (size_mb := path.stat().st_size / 1e6) > _MOST_MB:
-            msg = (
-                f"is {size_mb:.0f} MB long, {_MOST_MB} MB are the most; give another "
-                "file"
-            )
+            msg = f"is {size_mb:.0f} MB long, {_MOST_MB} MB at most; give another file"
             raise ValueError(msg)
         return parse_yaml(decode(path.read_bytes()))
     except OSError as error:
@@ -88,7 +85,7 @@ def decode(data: bytes) -> str:
         line = data.splitlines()[number - 1].decode(encoding, errors="replace")
         msg = (
             f"is no {encoding.upper()} text: byte 0x{data[error.start]:02x} in line "
-            f"{number} ({_line_shown(line)}); save the file as UTF-8"
+            f"{number} ({_short(line.strip())}); save the file as UTF-8"
         )
         raise ValueError(msg) from error
     if "\0" in text:
@@ -147,14 +144,8 @@ def _explain_yaml(error: yaml.YAMLError, text: str) -> str:
         return f"{where}: indent with spaces, here is a tab"
     said = [getattr(error, part, None) for part in ("context", "problem")]
     problem = ", ".join(part for part in said if part)
-    return (
-        f"{where}: {problem} ({_line_shown(line)})" if line else f"{where}: {problem}"
-    )
-
-
-def _line_shown(line: str) -> str:
-    line = line.strip()
-    return f"'{line if len(line) <= _MOST_OF_LINE else line[:_MOST_OF_LINE] + '...'}'"
+    shown = f" ({_short(line.strip())})" if line else ""
+    return f"{where}: {problem}{shown}"
 
 
 def find_config(name: Path | str) -> Path:
@@ -165,14 +156,12 @@ def find_config(name: Path | str) -> Path:
     ConfigError
         If it is neither; lists the shipped names.
     """
-    given: object = name
-    if isinstance(given, Path):
-        return given
-    if not isinstance(given, str):
-        kind = type(given).__name__
+    if isinstance(name, Path):
+        return name
+    if not isinstance(cast("object", name), str):
+        kind = type(name).__name__
         msg = f"config is of type {kind}; give a path, a shipped name, or a Config"
         raise ConfigError(msg)
-    name = given
     folder = resource_folder("configs")
     # A run folder or a data folder may well be called like a shipped config.
     for path in (Path(name), folder / f"{name}.yaml"):
@@ -333,6 +322,8 @@ def _explain(detail: ErrorDetails) -> str:
             case ("microscope", source) if name in _valid_keys(("microscope",)):
                 other = f"'{key}' is of another microscope.source than '{source}'"
                 return f"{other}; leave it out"
+        if 0 < len(places := list(_places(name, Config))) <= _MOST_PLACES:
+            return f"unknown key '{key}'; did you mean {' or '.join(places)}?"
         return f"unknown key '{key}'; {hint(name, _valid_keys(section), 0.4)}"
     if detail["type"] == "invalid_key" and isinstance(detail["input"], int):
         return f"'{key}': a number is no key; decimals have a point, not a comma"
@@ -391,6 +382,16 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
             one for one in candidates if part in get_args(_fields(one).get("source"))
         ]
     return sorted({name for model in candidates for name in _fields(model)})
+
+
+def _places(name: str, model: Any, above: str = "") -> Iterator[str]:
+    """Return where a key of this name is valid, quoted."""
+    for key, annotation in _fields(model).items():
+        if key == name:
+            yield f"'{above}{key}'"
+        below = f"{above}{key}{'[]' if get_origin(annotation) is list else ''}."
+        for section in models_in(annotation):
+            yield from _places(name, section, below)
 
 
 def _fields(model: Any) -> dict[str, Any]:

@@ -60,6 +60,11 @@ def write(folder: Path, data: object) -> Path:
             {"channels": [{"name": "a", "optics": OPTICS | {"NA": 1}}]},
             r"unknown key 'channels\.0\.optics\.NA'; ",
         ),
+        (
+            {"restoration": "wiener"},
+            r"mean 'channels\[\]\.restoration' or 'processing\.restoration'\?",
+        ),
+        ({"processing": {"codec": "zstd"}}, r"did you mean 'store\.codec'\?"),
         ({"transport": {"slots": 1}}, r"'transport\.slots': .*greater.*got 1"),
         (
             {"channels": [{"optics": OPTICS | {"numerical_aperture": 1.4}}]},
