@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rtfocus.channel import FOCUS_LOST_UNITS
 from rtfocus.config import Config
 from rtfocus.config.sections import AlarmConfig, AlarmKind
 from rtfocus.errors import BusyError, PeerLostError, TakenOverError, number_of
@@ -31,8 +32,6 @@ from rtfocus.writers.header import REPORT_NAME
 _LOG = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_FAR_UNITS = 3.0
-"""Depths of field beyond which focus counts as lost, where no distance is set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ class Rules:
             # Planes of a stack lie out of focus by plan.
             if abs(sample.z_offset_um) > unit_um / 2:
                 continue
-            limit_um = self._config.focus_lost_um or _FAR_UNITS * unit_um
+            limit_um = self._config.focus_lost_um or FOCUS_LOST_UNITS * unit_um
             if abs(sample.defocus_um) <= limit_um:
                 self._far_since_s = None
                 continue

@@ -25,6 +25,9 @@ PIXEL_SIZE_TOLERANCE = 0.01
 """Relative difference of two pixel sizes that is rounding and no contradiction:
 optics, core and files may state one size with different numbers of digits."""
 
+FOCUS_LOST_UNITS = 3.0
+"""Depths of field (`OpticalSystem.defocus_unit_um`) beyond which focus is lost."""
+
 _SAID = {"gt": "above", "ge": "at least", "le": "at most"}
 
 

@@ -29,6 +29,8 @@ BACKGROUND = int(np.iinfo(np.int16).min)
 """Level of a tile without a specimen; no signed level ever reaches it."""
 AXES = ("t", "p", "c", "z")
 """Keys of `SeriesStart.sizes` and `FrameHeader.index`."""
+MOST_PLACES = 1 << 40
+"""Of the axes of a plan together: disks end long before."""
 
 Act = Literal["autofocus", "hold_on", "hold_off", "stop"]
 """What a viewer may ask the microscope side for, where the config allows it."""
@@ -293,11 +295,6 @@ class DefocusMap:
             Defocus between two levels.
         farthest
             Highest level: the label of every defocus beyond it.
-
-        Returns
-        -------
-        DefocusMap
-            New arrays.
         """
         axes = zip(self.level.shape, coarser.level.shape, strict=True)
         nearest = [_nearest(*tiles, self.grid, coarser.grid) for tiles in axes]

@@ -46,6 +46,7 @@ from rtfocus.evaluation.scorecard import (
     write_report,
 )
 from rtfocus.images.outputs import OutputGuard
+from rtfocus.training.recipe import DATA_VARIABLE
 
 
 def add_to(app: typer.Typer) -> None:
@@ -159,7 +160,6 @@ def _refuse_mixture(
         raise ConfigError(msg)
 
 
-DATA_VARIABLE = "RTFOCUS_DATA"
 # Wide enough for every column where nobody's terminal says how wide it is.
 _PIPED_WIDTH = 160
 

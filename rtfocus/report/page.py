@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from rtfocus import __version__
+from rtfocus.channel import FOCUS_LOST_UNITS
 from rtfocus.drawing.canvas import in_html
 from rtfocus.errors import RtfocusError, WriterError, writing
 from rtfocus.files import replace
@@ -36,8 +37,6 @@ from rtfocus.report.pictures import (
 )
 from rtfocus.writers.header import REPORT_NAME, is_finished, series_in_words
 
-_FAR_UNITS = 3.0
-"""Depths of field: where half of the frames lie farther away, focus was not kept."""
 _SHARE_FLAGGED = 0.01
 _MOST_REASONS = 8
 _AS_CONFIGURED = ("method is none", "no classifier is configured", "in the config")
@@ -186,7 +185,7 @@ def _of_focus(facts: RunFacts) -> Iterator[Advice]:
     if optics is None or not known.size or not one_plane:
         return
     middle = float(np.median(known))
-    if middle > _FAR_UNITS * optics.defocus_unit_um:
+    if middle > FOCUS_LOST_UNITS * optics.defocus_unit_um:
         yield Advice(
             f"half of the frames lie farther than {middle:.1f} um from focus "
             f"(depth of field {optics.defocus_unit_um:.1f} um)",

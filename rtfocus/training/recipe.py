@@ -18,6 +18,9 @@ from rtfocus.engines.card import Precision
 from rtfocus.errors import ConfigError
 from rtfocus.specimens import SPECIMEN_KINDS, SpecimenKind
 
+DATA_VARIABLE = "RTFOCUS_DATA"
+"""Environment variable: the folder of published images."""
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]

@@ -23,6 +23,7 @@ from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.specimens import draw_specimen, draw_stained
 from rtfocus.training.recipe import (
+    DATA_VARIABLE,
     PoolRecipe,
     RealPairsRecipe,
     RecipeBase,
@@ -32,7 +33,6 @@ from rtfocus.training.recipe import (
 
 Image = NDArray[np.float32]
 
-DATA_VARIABLE = "RTFOCUS_DATA"
 # Recommendation ITU-R BT.601. The loop takes BT.709 for what it sees; as scenes to
 # learn from both are fine, and a change would draw other batches from the same seed.
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)

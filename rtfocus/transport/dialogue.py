@@ -20,10 +20,10 @@ from pydantic import TypeAdapter, ValidationError
 from rtfocus.channel import Channel
 from rtfocus.config.sections import TransportConfig
 from rtfocus.errors import PeerGoneError, PeerLostError, TransportError
-from rtfocus.frame import PROTOCOL_VERSION, SeriesStart
+from rtfocus.frame import MOST_PLACES, PROTOCOL_VERSION, SeriesStart
 from rtfocus.transport import messages as m
 from rtfocus.transport.inflow import Inflow
-from rtfocus.transport.messages import DTYPES, MOST_COUNT, MOST_PLACES, not_finite
+from rtfocus.transport.messages import DTYPES, MOST_COUNT, not_finite
 from rtfocus.transport.registrar import LOST_HEARTBEATS
 from rtfocus.transport.sockets import max_frame_bytes
 

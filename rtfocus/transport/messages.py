@@ -17,6 +17,7 @@ from msgspec.msgpack import Decoder
 
 from rtfocus.errors import OpticsError, ProtocolError, TransportError
 from rtfocus.frame import (
+    MOST_PLACES,
     PROTOCOL_VERSION,
     Act,
     Estimate,
@@ -284,8 +285,6 @@ def understood(decoder: Decoder[T], data: bytes, what: str) -> T:
         raise ProtocolError(msg, "malformed") from error
 
 
-MOST_PLACES = 2**40
-"""Of all planned frames together; disks end long before."""
 MOST_LOST = 2**20
 """Longest hole in a series without an end."""
 MOST_SKIPPED = 100_000

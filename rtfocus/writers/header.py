@@ -20,7 +20,7 @@ import numpy as np
 from rtfocus.config.sections import StoreConfig
 from rtfocus.errors import NoRunError, OutputError, WriterError, why_not_written
 from rtfocus.files import replace
-from rtfocus.frame import AXES, SeriesStart, TileGrid
+from rtfocus.frame import AXES, MOST_PLACES, SeriesStart, TileGrid
 
 HEADER_NAME = "series.json"
 REPORT_NAME = "report.json"
@@ -35,8 +35,6 @@ LOCK_NAMES = frozenset({LOCK_NAME, HOLDER_NAME, f".{HOLDER_NAME}.part"})
 
 MOST_PIXELS = 1 << 33
 """Of a frame; beyond every camera, and below what overflows anywhere."""
-MOST_PLACES = 1 << 40
-"""Along t, p, c and z together."""
 
 
 @dataclass(frozen=True, slots=True)
