@@ -20,7 +20,6 @@ is positive where the specimen is too far from the objective.
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,17 +175,16 @@ def _grey(plane: NDArray[np.generic]) -> Image:
     return pixels.mean(axis=2) if pixels.ndim == 3 else pixels
 
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
 # Blurred planes this far apart are mixed linearly in between.
 _PLANE_STEP_UM = 0.5
 # Heights are rounded to this, far below any depth of field, so that a slowly
 # drifting specimen is not blurred anew for every frame.
 _HEIGHT_STEP_UM = 0.05
-_SITES_KEPT = 6
+# Of one site: a tilted frame needs all of its planes at once.
 _PLANES_KEPT = 48
-_VIEWS_KEPT = 12
+# Two sites of 2048 x 2048 pixels tilted by 10 um; the newest is kept whatever its size.
+_SITES_BYTES = 768 << 20
+_VIEWS_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,17 +272,23 @@ class VirtualSpecimen:
         place = (self._to_px(x_um), self._to_px(y_um))
         from_surface_um = z_um - drift_um(self._surface_config, time_s)
         key = (*place, self._height_number(from_surface_um))
-        if key in self._views:
-            self._views.move_to_end(key)
-            return self._views[key]
+        if key not in self._views:
+            self._views[key] = self._seen(place, key[2])
+            if len(self._views) > max(_VIEWS_BYTES // self._scene.nbytes, 1):
+                self._views.popitem(last=False)
+        self._views.move_to_end(key)
+        return self._views[key]
+
+    def _seen(self, place: tuple[int, int], height_number: int) -> Image:
+        """Return the light at a place of the specimen, from a height above it."""
         if self.is_recorded:
-            view = self._view_of(self._recording[key[2]], place)
+            view = self._view_of(self._recording[height_number], place)
         else:
             height = self._surface.height_um(x_px=place[0], y_px=place[1])
-            seen_from = np.float32(key[2] * _HEIGHT_STEP_UM)
+            seen_from = np.float32(height_number * _HEIGHT_STEP_UM)
             view = self._site(place).at(height - seen_from)
+            self._forget_sites()
         view.flags.writeable = False
-        _keep(self._views, key, view, _VIEWS_KEPT)
         return view
 
     def truth(
@@ -313,14 +317,19 @@ class VirtualSpecimen:
         if place in self._sites:
             self._sites.move_to_end(place)
             return self._sites[place]
-        planes = BlurredPlanes(
+        self._sites[place] = BlurredPlanes(
             self._view_of(self._scene, place),
             self._optics,
             step_um=_PLANE_STEP_UM,
             capacity=_PLANES_KEPT,
         )
-        _keep(self._sites, place, planes, _SITES_KEPT)
-        return planes
+        return self._sites[place]
+
+    def _forget_sites(self) -> None:
+        """Forget the sites that were not looked at for longest; the newest stays."""
+        held = sum(site.nbytes for site in self._sites.values())
+        while held > _SITES_BYTES and len(self._sites) > 1:
+            held -= self._sites.popitem(last=False)[1].nbytes
 
     def _height_number(self, z_um: float) -> int:
         """Return the number of a height among those that look different.
@@ -348,12 +357,3 @@ def _mirrored(start: int, side: int) -> NDArray[np.int64]:
     turn = max(2 * (side - 1), 1)
     place = np.arange(start, start + side) % turn
     return np.minimum(place, turn - place) % side
-
-
-def _keep(
-    kept: "OrderedDict[Key, Value]", key: Key, value: Value, capacity: int
-) -> None:
-    """Remember a value; the least recently used one makes room."""
-    kept[key] = value
-    if len(kept) > capacity:
-        kept.popitem(last=False)

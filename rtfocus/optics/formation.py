@@ -182,6 +182,11 @@ class BlurredPlanes:
         self._capacity = capacity
         self._planes: OrderedDict[int, Image] = OrderedDict()
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the image and of the planes in it by now."""
+        return self._image.nbytes * (1 + len(self._planes))
+
     def at(self, defocus_um: ArrayLike) -> Image:
         """Return the image at a defocus: one value, or a map with axes (y, x).
 

@@ -8,6 +8,7 @@ from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config import load_config
 from rtfocus.config.sections import VirtualMicroscopeConfig
 from rtfocus.files import resource_folder
+from rtfocus.microscope import virtual_specimen
 from rtfocus.microscope.virtual_devices import Sensor
 from rtfocus.microscope.virtual_specimen import VirtualSpecimen
 from rtfocus.optics.formation import blur
@@ -104,6 +105,24 @@ def test_a_tilted_frame_blurs_where_it_is_out_of_focus():
     image, sharp = specimen.image(0.0), specimen.truth(0.0).sharp
     error = np.abs(image - sharp).reshape(96, 12, 32).mean(axis=(0, 2))
     assert error[0] < 0.3 * error[6:].mean()
+
+
+def test_blurred_planes_of_many_sites_take_bounded_memory(monkeypatch):
+    specimen = VirtualSpecimen(make(surface={"tilt_x_um": 8.0}), OPTICS)
+    first = specimen.image(0.0)
+    of_one = sum(site.nbytes for site in specimen._sites.values())
+    monkeypatch.setattr(virtual_specimen, "_SITES_BYTES", 3 * of_one)
+    for number in range(1, 8):
+        specimen.image(0.0, x_um=10.0 * number)
+        held = sum(site.nbytes for site in specimen._sites.values())
+        assert of_one < held <= 3 * of_one
+    # One that takes more than all of them may is still kept, or every frame would
+    # blur it anew.
+    monkeypatch.setattr(virtual_specimen, "_SITES_BYTES", of_one // 2)
+    again = specimen.image(0.1)
+    assert len(specimen._sites) == 1
+    assert again is specimen.image(0.1)
+    np.testing.assert_array_equal(first, specimen.image(0.0))
 
 
 def test_the_same_seed_draws_the_same_specimen_and_no_other():
