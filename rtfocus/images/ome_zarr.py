@@ -8,6 +8,7 @@ axes in another order, whose pixels are readable.
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -50,55 +51,59 @@ class RunStore(WrapperStore[LocalStore]):
     def __init__(self, path: Path, header_file: Path, journal: Path) -> None:
         super().__init__(LocalStore(path, read_only=True))
         self._below = path.relative_to(journal.parent).as_posix()
-        self._journal = journal
-        changed_ns = header_file.stat().st_mtime_ns
-        self._shard_frames, self._places = _laid_out(header_file, changed_ns)
-        self._recorded: set[str] = set()
-        self._taken = 0
+        self._recorded = _recorded(header_file, header_file.stat().st_mtime_ns, journal)
 
     async def get(self, key: str, *how: Any, **more: Any) -> Any:  # noqa: ANN401
         """Return what a file holds; None: it never was; OSError: it is gone."""
         found = await super().get(key, *how, **more)
         # One without a byte is taken for zeros, too.
-        if not found and "/c." in key and self._was_recorded(key):
+        if not found and "/c." in key and f"{self._below}/{key}" in self._recorded:
             # It may have come after it was looked for.
             if not (found := await super().get(key, *how, **more)):
                 msg = f"its file '{key}' is gone or empty, as rtfocus check tells"
                 raise OSError(msg)
         return found
 
-    def _was_recorded(self, key: str) -> bool:
+
+class _Recorded:
+    """Files that a run's journal tells of, below its folder: read on at every look."""
+
+    def __init__(self, header_file: Path, _changed_ns: int, journal: Path) -> None:
+        header = msgspec.json.decode(header_file.read_bytes())
+        self._shard_frames = int(header["store"]["shard_frames"])
+        sites = header["series"]["positions"]
+        self._places = [f"{p}/" for p in range(len(sites))] if len(sites) > 1 else [""]
+        if all(site.get("plate_row") and site.get("plate_column") for site in sites):
+            wells = [(p["plate_row"], p["plate_column"], p.get("field")) for p in sites]
+            self._places = [f"{row}/{column}/{n or 0}/" for row, column, n in wells]
+        self._journal, self._inode, self._taken = journal, 0, 0
+        self._files: set[str] = set()
+
+    def __contains__(self, file_name: str) -> bool:
         with self._journal.open("rb") as file:
-            file.seek(self._taken)
+            now = os.fstat(file.fileno())
+            if now.st_ino != self._inode or now.st_size < self._taken:  # repaired
+                self._inode, self._taken, self._files = now.st_ino, 0, set()
+            taken = file.seek(self._taken)
             for text in file:
                 # The last line may be under way; of damage the check tells.
                 if text.endswith(b"\n"):
-                    self._taken += len(text)
+                    taken += len(text)
                     with suppress(ValueError, LookupError, TypeError, RecursionError):
                         self._take(msgspec.json.decode(text, type=dict))
-        return f"{self._below}/{key}" in self._recorded
+        self._taken = taken
+        return file_name in self._files
 
     def _take(self, line: dict[str, Any]) -> None:
-        if line["status"] != "written":
-            return
         t, p, c, z = (dict.get(line["index"], axis, 0) for axis in "tpcz")
-        for name in line["stored"]:
+        for name in line["stored"] if line["status"] == "written" else ():
             outer = name if name in ("raw", "restored") else "defocus"
             inner = "" if name in ("raw", "restored", "defocus") else f"{name}/"
             shard = f"0/c.{t // self._shard_frames}.{c}.{z}.0.0"
-            self._recorded.add(f"{outer}.ome.zarr/{self._places[p]}{inner}{shard}")
+            self._files.add(f"{outer}.ome.zarr/{self._places[p]}{inner}{shard}")
 
 
-@lru_cache(maxsize=1)
-def _laid_out(header_file: Path, _changed_ns: int) -> tuple[int, list[str]]:
-    """Return frames of a shard, and where positions lie: read once for all of them."""
-    header = msgspec.json.decode(header_file.read_bytes())
-    frames = int(header["store"]["shard_frames"])
-    given = header["series"]["positions"]
-    wells = [(p.get("plate_row"), p.get("plate_column"), p.get("field")) for p in given]
-    if all(row and column for row, column, _ in wells):
-        return frames, [f"{row}/{column}/{field or 0}/" for row, column, field in wells]
-    return frames, [f"{p}/" for p in range(len(given))] if len(given) > 1 else [""]
+_recorded = lru_cache(maxsize=1)(_Recorded)  # one for all positions of a run
 
 
 def open_zarr(path: Path) -> "zarr.Group | zarr.Array[Any]":
@@ -183,10 +188,8 @@ def _images(
     if "multiscales" in _ome(group):
         yield name, group
         return
-    if depth == _DEEPEST:
-        return
     # zarr would warn of every folder that is none of its own.
-    inside = [entry.name for entry in folder.iterdir() if is_zarr(entry)]
+    inside = [one.name for one in folder.iterdir() if depth < _DEEPEST and is_zarr(one)]
     for key in sorted(inside, key=_natural):
         child = group[key] if key not in ("labels", "OME") else None
         if isinstance(child, zarr.Group):
@@ -276,9 +279,8 @@ def _describe(path: Path, name: str, group: zarr.Group) -> Iterator[ImageSeries]
         msg = f"{whose} has more than {MOST_PLANES} planes"
         raise InputError(msg)
     facts = _facts(ome, axes, lengths.get("c", 1))
-    several = len(ome["multiscales"])
     notes = _unread_transformations(ome["multiscales"][0])
-    if several > 1:
+    if (several := len(ome["multiscales"])) > 1:
         notes += (f"the first of {several} multiscales is read, the others left out",)
     for place in itertools.product(*(range(axis.length) for axis in own)):
         fixed = {axis.name: n for axis, n in zip(own, place, strict=True)}
@@ -383,9 +385,7 @@ def _channels(ome: dict[str, Any], count: int) -> tuple[ImageChannel, ...]:
     listed = omero.get("channels") if isinstance(omero, dict) else None
     if not isinstance(listed, list) or len(listed) != count:
         return ()
-    return tuple(
-        _channel(one) if isinstance(one, dict) else ImageChannel() for one in listed
-    )
+    return tuple(_channel(one if isinstance(one, dict) else {}) for one in listed)
 
 
 def _channel(one: dict[str, Any]) -> ImageChannel:
@@ -423,11 +423,10 @@ def _with_ome_xml(path: Path, images: list[ImageSeries]) -> list[ImageSeries]:
 def _filled(image: ImageSeries, one: OmeImage) -> ImageSeries:
     facts = one.facts
     fitting = len(facts.get("channels", ())) == image.sizes["c"]
-    channels = image.channels or (facts.get("channels", ()) if fitting else ())
     return replace(
         image,
         name=f"{stem_of(image.path)}_{one.name}" if one.name else image.name,
-        channels=channels,
+        channels=image.channels or (facts.get("channels", ()) if fitting else ()),
         numerical_aperture=facts.get("numerical_aperture"),
         refractive_index=facts.get("refractive_index"),
         position=facts.get("position"),

@@ -99,11 +99,11 @@ def test_a_damaged_plane_is_read_by_nobody(damage, run) -> None:
 
 
 def test_a_header_is_read_once_for_all_positions_and_anew_for_another_run(run) -> None:
-    ome_zarr._laid_out.cache_clear()
+    ome_zarr._recorded.cache_clear()
     for _ in range(3):
         opened = open_run(run)
         assert [opened.image("raw", p)[0].any() for p in (0, 1)] == [True, True]
-    assert ome_zarr._laid_out.cache_info().misses == 1
+    assert ome_zarr._recorded.cache_info().misses == 1
     shutil.rmtree(run)
     record(run, WELLS)  # its frames lie in other folders
     (run / "raw.ome.zarr/B/03/1/0/c.2.0.0.0.0").unlink()
@@ -111,6 +111,32 @@ def test_a_header_is_read_once_for_all_positions_and_anew_for_another_run(run) -
     assert opened.image("raw", 0)[1].any()
     with pytest.raises(InputError, match="is gone or empty"):
         opened.image("raw", 0)[2]
+
+
+def test_a_journal_is_read_once_for_all_positions_and_anew_when_repaired(
+    run, monkeypatch
+) -> None:
+    read = []
+    take = ome_zarr._Recorded._take
+
+    def counted(recorded, line):
+        read.append(line["sequence"])
+        take(recorded, line)
+
+    monkeypatch.setattr(ome_zarr._Recorded, "_take", counted)
+    journal = run / "frames.ndjson"
+    ome_zarr._recorded.cache_clear()
+    for _ in range(3):  # of the frame that never came
+        assert not open_run(run).image("raw", "right")[1].any()
+    assert read == [0, 1, 2, LOST, 4, 5]
+    left = open_run(run).image("raw", "left")
+    (run / "raw.ome.zarr/0/0/c.1.0.0.0.0").unlink()
+    with pytest.raises(InputError, match="is gone or empty"):
+        left[1]
+    lines = journal.read_text("utf-8").splitlines(keepends=True)
+    journal.unlink()
+    journal.write_text("".join(lines[:1]), "utf-8")
+    assert not left[1].any()
 
 
 @pytest.mark.parametrize(
