@@ -23,7 +23,7 @@ from rtfocus.frame import TileGrid
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.cpu.patches import (
+from rtfocus.processing.cpu.network_restorer import (
     LearnedWienerRestorer,
     Predict,
     filter_tiles,

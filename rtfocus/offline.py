@@ -47,7 +47,7 @@ from rtfocus.processing.classify import (
     estimate_frame,
     invertible_normalisation,
 )
-from rtfocus.processing.cpu.patches import TileNetwork
+from rtfocus.processing.cpu.classifier import TileNetwork
 from rtfocus.processing.device import Ticket
 from rtfocus.processing.montage import FrameTiles, to_planes
 from rtfocus.processing.processor import FrameProcessor, open_processor

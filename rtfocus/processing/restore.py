@@ -312,6 +312,103 @@ def back_projectors(
     ]
 
 
+# Blurred estimates below this share of the brightest pixel are round-off of the
+# transforms, and nothing may be divided by them.
+_FLOOR = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12}
+
+
+def iterate(
+    signal: NDArray[Any],
+    transfer: NDArray[Any],
+    back: Sequence[NDArray[Any]],
+    *,
+    shape: tuple[int, int],
+    start: NDArray[Any],
+) -> NDArray[Any]:
+    """Run the Richardson-Lucy iteration with any back projectors.
+
+    Parameters
+    ----------
+    signal
+        Blurred images, axes (..., y, x), float, non-negative.
+    transfer
+        Forward projector: OTF over the half spectrum of `shape`.
+    back
+        Back projector of every iteration; the matched one is ``conj(transfer)``.
+    shape
+        Height and width of the transforms, at least those of `signal`.
+    start
+        First estimate, left as it is.
+    """
+    floor = least_divisor(signal)
+    estimate = start.copy()
+    # The matched update keeps the estimate non-negative up to round-off; an
+    # unmatched back projector has negative lobes.
+    for projector in back:
+        blurred = _project(estimate, transfer, shape)
+        np.maximum(blurred, floor, out=blurred)
+        np.divide(signal, blurred, out=blurred)
+        estimate *= _project(blurred, projector, shape)
+        np.maximum(estimate, 0, out=estimate)
+    return estimate
+
+
+def least_divisor(signal: NDArray[Any]) -> float:
+    """Return the least that an image is divided by."""
+    floor = _FLOOR[signal.dtype] * float(np.max(signal, initial=0.0))
+    return max(floor, float(np.finfo(signal.dtype).tiny))
+
+
+def _project(
+    image: NDArray[Any], transfer: NDArray[Any], shape: tuple[int, int]
+) -> NDArray[Any]:
+    """Convolve by one multiplication of the spectrum; cut to the image's size."""
+    from scipy import fft
+
+    spectrum = fft.rfft2(image, s=shape)
+    spectrum *= transfer
+    result = fft.irfft2(spectrum, s=shape, overwrite_x=True)
+    height, width = image.shape[-2:]
+    return np.asarray(result[..., :height, :width])
+
+
+def richardson_lucy(
+    image: NDArray[Any],
+    psf: NDArray[Any],
+    iterations: int,
+    start: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Deconvolve an image with zeros beyond its borders.
+
+    Parameters
+    ----------
+    image
+        Axes (..., y, x), non-negative; float64 is kept, all else becomes float32.
+    psf
+        Axes (y, x), odd sides, sums to 1.
+    iterations
+        Each costs four Fourier transforms.
+    start
+        Shape of `image`; None: the blurred image (He 2020, LB-DVD).
+
+    Returns
+    -------
+    NDArray
+        Shape of `image`; not clipped.
+
+    References
+    ----------
+    .. [1] L. He et al., 2020, eq. 3.
+    """
+    dtype = np.float64 if image.dtype == np.float64 else np.float32
+    signal = np.asarray(image, dtype=dtype)
+    height, width = patch_shape((signal.shape[-2], signal.shape[-1]), psf.shape)
+    transfer = transfer_function(psf.astype(dtype), (height, width))
+    back = [np.conj(transfer)] * iterations
+    begun = signal if start is None else start
+    return iterate(signal, transfer, back, shape=(height, width), start=begun)
+
+
 _LEAST_SIGMA_PX = 0.5
 
 

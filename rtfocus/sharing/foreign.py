@@ -32,7 +32,7 @@ from rtfocus.engines.spec_steps import (
 )
 from rtfocus.errors import EngineError
 from rtfocus.machine import usable_threads
-from rtfocus.processing.cpu.patches import TileNetwork
+from rtfocus.processing.cpu.classifier import TileNetwork
 from rtfocus.runtimes.cpu_backends import open_engine
 from rtfocus.runtimes.cpu_engine import straighten
 from rtfocus.sharing.description import Model, Side, TensorWords, Tolerance

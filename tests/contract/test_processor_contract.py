@@ -31,7 +31,7 @@ from rtfocus.optics.normalisation import PercentileRange, luminance
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.cpu.device import CpuDevice
-from rtfocus.processing.cpu.patches import (
+from rtfocus.processing.cpu.network_restorer import (
     LearnedWienerRestorer,
     TileRestorer,
 )

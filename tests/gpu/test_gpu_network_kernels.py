@@ -15,7 +15,7 @@ from rtfocus.engines.fitted import ErrorCard, Evidence, EvidenceCard
 from rtfocus.frame import BACKGROUND, DefocusMap, TileGrid
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.processing.classify import Conditions, LabelDecoder, turned
-from rtfocus.processing.cpu.classifier import blend
+from rtfocus.processing.cpu.depth_variant import blend
 from rtfocus.processing.gpu.depth_variant import Blending as GpuBlending
 from rtfocus.processing.gpu.depth_variant import InFlight
 from rtfocus.processing.gpu.network_restorer import Weighing

@@ -11,7 +11,7 @@ from rtfocus.frame import TileGrid
 from rtfocus.images.reading import open_images
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.patches import LearnedWienerRestorer
+from rtfocus.processing.cpu.network_restorer import LearnedWienerRestorer
 from rtfocus.processing.montage import Montage
 from rtfocus.training.networks.learned_wiener import BANDS
 

@@ -11,7 +11,7 @@ from rtfocus.optics.formation import TAPER_PX, band_weights, blur, edge_taper
 from rtfocus.optics.normalisation import PercentileRange
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import Surrounded, WienerDeconvolution
-from rtfocus.processing.cpu.patches import (
+from rtfocus.processing.cpu.network_restorer import (
     LearnedWienerRestorer,
     filter_tiles,
 )

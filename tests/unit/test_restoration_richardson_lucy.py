@@ -12,13 +12,13 @@ from rtfocus.processing.cpu.depth_variant import (
     BlindRichardsonLucyDeconvolution,
     RichardsonLucyDeconvolution,
     Surrounded,
-    iterate,
 )
-from rtfocus.processing.cpu.patches import richardson_lucy
 from rtfocus.processing.restore import (
     back_projectors,
     gaussian_like,
+    iterate,
     iteration_steps,
+    richardson_lucy,
     transfer_function,
 )
 from rtfocus.specimens import draw_specimen

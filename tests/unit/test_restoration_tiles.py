@@ -10,7 +10,7 @@ from rtfocus.frame import BACKGROUND, TileGrid
 from rtfocus.optics.formation import blur
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
-from rtfocus.processing.cpu.patches import TileRestorer
+from rtfocus.processing.cpu.network_restorer import TileRestorer
 from rtfocus.processing.montage import Montage
 from rtfocus.specimens import draw_specimen
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu import patches as numpy_side
+from rtfocus.processing.cpu import network_restorer as numpy_side
 from rtfocus.processing.restore import transfer_function
 from rtfocus.training.networks.learned_wiener import (
     BANDS,

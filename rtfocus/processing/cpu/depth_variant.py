@@ -11,17 +11,17 @@ transform larger than the image gives zero borders, one of equal size periodic o
 """
 
 import threading
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.sections import RestorationConfig
-from rtfocus.processing.cpu.classifier import FrameRestorer, Prediction
+from rtfocus.processing.cpu.classifier import Prediction
 from rtfocus.processing.montage import Montage, paired_planes
 from rtfocus.processing.restore import (
     BLIND,
@@ -31,8 +31,10 @@ from rtfocus.processing.restore import (
     WHOLE_FRAME,
     back_projectors,
     gaussian_like,
+    iterate,
     iteration_steps,
     iterations_of,
+    least_divisor,
     margin_px,
     noise_variance,
     padded_shape,
@@ -45,6 +47,71 @@ Image = NDArray[np.float32]
 
 Planes = Sequence[tuple[Image, Image]]
 """Planes (y, x) of a frame, and where each one's result goes."""
+
+
+class _Network(Protocol):
+    runs_on: str
+
+    def close(self) -> None: ...
+
+
+class FrameRestorer(ABC):
+    """Restores the frames of one channel.
+
+    Safe to use from several threads, each with its own `out`.
+
+    Parameters
+    ----------
+    network
+        Of its own, closed by `close`; None: it has none.
+    """
+
+    def __init__(self, network: _Network | None = None) -> None:
+        self.runs_on = None if network is None else network.runs_on
+        """Runtime and precision of its own network; None: it has none."""
+        self._owned = network
+
+    @abstractmethod
+    def restore_frame(
+        self, signal: Image, seen: Prediction | None, out: Image
+    ) -> Image | None:
+        """Restore a frame; return `FrameResult.expected_error`.
+
+        Parameters
+        ----------
+        signal
+            Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
+        seen
+            What the classifier saw in it; None: there is none, and the restorer does
+            without.
+        out
+            Result, shape of `signal`, float32; in focus and background exactly as
+            in `signal`, except of a restorer that knows no focus.
+        """
+
+    def close(self) -> None:
+        """Free the network; called twice does nothing."""
+        if self._owned is not None:
+            self._owned.close()
+
+
+def blend(signal: Image, restored: Image, share: Image, out: Image) -> None:
+    """Move `out`, a copy of `signal`, towards the restored frame by a share.
+
+    Parameters
+    ----------
+    signal, restored
+        Axes (y, x) or (y, x, colour); negative light becomes 0, infinite NaN.
+    share
+        0 to 1, axes (y, x).
+    out
+        Shape of `signal`.
+    """
+    # Of minus infinity 0 would hide that the network is damaged; 0 times it is NaN.
+    change = np.maximum(restored, 0 * restored)
+    change -= signal
+    change *= share if signal.ndim == 2 else share[..., None]
+    out += change
 
 
 class LevelRestorer(FrameRestorer):
@@ -169,66 +236,6 @@ def _inverse_signal(shape: tuple[int, int]) -> Image:
     return np.asarray((rows**2 + columns**2) ** 1.5, dtype=np.float32)
 
 
-# Blurred estimates below this share of the brightest pixel are round-off of the
-# transforms, and nothing may be divided by them.
-_FLOOR = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12}
-
-
-def iterate(
-    signal: NDArray[Any],
-    transfer: NDArray[Any],
-    back: Sequence[NDArray[Any]],
-    *,
-    shape: tuple[int, int],
-    start: NDArray[Any],
-) -> NDArray[Any]:
-    """Run the Richardson-Lucy iteration with any back projectors.
-
-    Parameters
-    ----------
-    signal
-        Blurred images, axes (..., y, x), float, non-negative.
-    transfer
-        Forward projector: OTF over the half spectrum of `shape`.
-    back
-        Back projector of every iteration; the matched one is ``conj(transfer)``.
-    shape
-        Height and width of the transforms, at least those of `signal`.
-    start
-        First estimate, left as it is.
-    """
-    floor = _floor(signal)
-    estimate = start.copy()
-    # The matched update keeps the estimate non-negative up to round-off; an
-    # unmatched back projector has negative lobes.
-    for projector in back:
-        blurred = _project(estimate, transfer, shape)
-        np.maximum(blurred, floor, out=blurred)
-        np.divide(signal, blurred, out=blurred)
-        estimate *= _project(blurred, projector, shape)
-        np.maximum(estimate, 0, out=estimate)
-    return estimate
-
-
-def _floor(signal: NDArray[Any]) -> float:
-    """Return the least that is divided by."""
-    floor = _FLOOR[signal.dtype] * float(np.max(signal, initial=0.0))
-    return max(floor, float(np.finfo(signal.dtype).tiny))
-
-
-def _project(
-    image: NDArray[Any], transfer: NDArray[Any], shape: tuple[int, int]
-) -> NDArray[Any]:
-    """Convolve by one multiplication of the spectrum; cut to the image's size."""
-    from scipy import fft
-
-    spectrum = fft.rfft2(image, s=shape)
-    spectrum *= transfer
-    result = fft.irfft2(spectrum, s=shape, overwrite_x=True)
-    height, width = image.shape[-2:]
-    return np.asarray(result[..., :height, :width])
-
-
 class RichardsonLucyDeconvolution:
     """Richardson-Lucy as LB-DVD: starts from the blurred image (He 2020)."""
 
@@ -305,7 +312,7 @@ class BlindRichardsonLucyDeconvolution:
         spectrum = fft.rfft2(image)
         product = spectrum * transfer_function(kernel, self._shape)
         blurred = fft.irfft2(product, s=self._shape)
-        ratio = signal / np.maximum(blurred, _floor(signal))
+        ratio = signal / np.maximum(blurred, least_divisor(signal))
         spectrum = np.conj(spectrum) * fft.rfft2(ratio)
         factor = fft.irfft2(spectrum, s=self._shape)
         rows, columns = (

@@ -20,15 +20,18 @@ from rtfocus.processing.channel_plan import ChannelPlan, restored_dtype
 from rtfocus.processing.classify import invertible_normalisation
 from rtfocus.processing.cpu.classifier import (
     FrameClassifier,
-    FrameRestorer,
-    JointRestorer,
     NetworkView,
     Prediction,
-)
-from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer, LevelRestorer
-from rtfocus.processing.cpu.patches import (
-    LearnedWienerRestorer,
     TileNetwork,
+)
+from rtfocus.processing.cpu.depth_variant import (
+    DepthVariantRestorer,
+    FrameRestorer,
+    LevelRestorer,
+)
+from rtfocus.processing.cpu.network_restorer import (
+    JointRestorer,
+    LearnedWienerRestorer,
     TileNetworkRestorer,
     TileRestorer,
     WholeImageRestorer,

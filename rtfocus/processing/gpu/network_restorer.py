@@ -3,7 +3,7 @@
 As `rtfocus.processing.cpu.network_restorer.TileNetworkRestorer`, but for every tile,
 whatever its label: its batches are recorded once, for the whole frame, which is one
 tile where the network allows it and the card's memory holds it. The learned Wiener
-filter, as `rtfocus.processing.cpu.patches`, is not: its tiles depend on the labels.
+filter, as on a CPU, is not: its tiles depend on the labels.
 """
 
 from collections.abc import Mapping

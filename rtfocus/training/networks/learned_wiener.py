@@ -106,7 +106,7 @@ def wiener_filter(tiles: Tensor, psf: Tensor, log_snr: Tensor) -> Tensor:
     """Restore tiles with their PSFs: ``conj(H) / (|H|^2 + 1 / SNR)``, 1 at f = 0.
 
     Differentiable in `log_snr`; the same as
-    `rtfocus.processing.cpu.patches.filter_tiles`.
+    `rtfocus.processing.cpu.network_restorer.filter_tiles`.
 
     Parameters
     ----------

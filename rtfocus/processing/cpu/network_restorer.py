@@ -1,7 +1,7 @@
-"""Patches: pieces of a frame that are restored one by one.
+"""Network restorers: what a network restores of a frame, in one pass or tile by tile.
 
-By a network, or deconvolved: `TileRestorer` is LB-DVD as published (He 2020), slower
-than `rtfocus.processing.cpu.depth_variant` and kept to measure that against.
+`TileRestorer` goes tile by tile too, without a network: LB-DVD as published (He 2020),
+slower than `rtfocus.processing.cpu.depth_variant` and kept to measure that against.
 
 In the learned Wiener filter a network tells the signal-to-noise ratio of a tile per
 band; the filter is ``conj(H) / (|H|^2 + 1 / SNR)`` with H that of the tile's level
@@ -16,15 +16,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfocus.config.sections import ProcessingConfig, RestorationConfig
-from rtfocus.engines.card import EngineCard, input_of, output_of
-from rtfocus.engines.registry import FoundEngine
+from rtfocus.config.sections import RestorationConfig
+from rtfocus.engines.card import EngineCard, input_of
+from rtfocus.engines.fitted import Evidence
 from rtfocus.engines.spec_steps import Values
-from rtfocus.errors import EngineError
 from rtfocus.optics.normalisation import PercentileRange, normalised
 from rtfocus.processing.classify import Conditions, invertible_normalisation
-from rtfocus.processing.cpu.classifier import FrameRestorer, Prediction, blend
-from rtfocus.processing.cpu.depth_variant import LevelRestorer, Planes, iterate
+from rtfocus.processing.cpu.classifier import FrameClassifier, Prediction, TileNetwork
+from rtfocus.processing.cpu.depth_variant import (
+    FrameRestorer,
+    LevelRestorer,
+    Planes,
+    blend,
+)
 from rtfocus.processing.montage import (
     FrameTiles,
     Montage,
@@ -39,138 +43,58 @@ from rtfocus.processing.restore import (
     Spectrum,
     iterations_of,
     patch_halo_px,
-    patch_shape,
+    richardson_lucy,
     transfer_function,
 )
-from rtfocus.runtimes.cpu_backends import open_engine, runs_on
 
 Image = NDArray[np.float32]
 
-# Pixels that keep a core busy at once; more only takes memory.
-_BATCH_PX = 256 * 256
-_BATCH_TILES = 8  # of the learned Wiener filter
+# Of the learned Wiener filter; more only takes memory.
+_BATCH_TILES = 8
 
 
-def richardson_lucy(
-    image: NDArray[Any],
-    psf: NDArray[Any],
-    iterations: int,
-    start: NDArray[Any] | None = None,
-) -> NDArray[Any]:
-    """Deconvolve an image with zeros beyond its borders.
+class JointRestorer(FrameRestorer):
+    """The restored frame of a joint engine, from whichever pass made it.
 
     Parameters
     ----------
-    image
-        Axes (..., y, x), non-negative; float64 is kept, all else becomes float32.
-    psf
-        Axes (y, x), odd sides, sums to 1.
-    iterations
-        Each costs four Fourier transforms.
-    start
-        Shape of `image`; None: the blurred image (He 2020, LB-DVD).
-
-    Returns
-    -------
-    NDArray
-        Shape of `image`; not clipped.
-
-    References
-    ----------
-    .. [1] L. He et al., 2020, eq. 3.
-    """
-    dtype = np.float64 if image.dtype == np.float64 else np.float32
-    signal = np.asarray(image, dtype=dtype)
-    height, width = patch_shape((signal.shape[-2], signal.shape[-1]), psf.shape)
-    transfer = transfer_function(psf.astype(dtype), (height, width))
-    back = [np.conj(transfer)] * iterations
-    begun = signal if start is None else start
-    return iterate(signal, transfer, back, shape=(height, width), start=begun)
-
-
-class TileNetwork:
-    """A restorer's network, opened for batches of its tiles.
-
-    Any number of tiles goes through. Safe to use from several threads, which take
-    turns.
-
-    Parameters
-    ----------
-    output
-        Tensor that is wanted; None: the card's first.
-
-    Raises
-    ------
-    EngineError
-        If it is no network or cannot be loaded.
+    montage
+        Blending weights of the tiles whose labels decide what is restored.
+    own_pass
+        The engine for a pass of its own; None: the pass that found the defocus has
+        restored the frame too.
+    evidence
+        Weighs what the engine corrected; None: all of it is taken.
     """
 
     def __init__(
         self,
-        found: FoundEngine,
-        settings: ProcessingConfig,
-        *,
-        output: str | None = None,
-        threads: int = 1,
+        montage: Montage,
+        own_pass: FrameClassifier | None,
+        evidence: Evidence | None = None,
     ) -> None:
-        tiles = input_of(found.card)
-        self._output = output_of(found.card).name if output is None else output
-        # Networks of other people may be made for one image at a time.
-        alone = found.card.sees_image_alone
-        self.batch = 1 if alone else max(1, _BATCH_PX // tiles.tile_px**2)
-        """Tiles per inference."""
-        self._engine = open_engine(
-            found,
-            settings,
-            shape=(self.batch, tiles.channels, tiles.tile_px, tiles.tile_px),
-            outputs=(self._output,),
-            threads=threads,
-        )
-        self.runs_on = runs_on(self._engine)
-        """Runtime and precision, e.g. ``openvino bf16``."""
+        super().__init__(own_pass)
+        self._montage = montage
+        self._own_pass = own_pass
+        self._evidence = evidence
         self._turn = threading.Lock()
 
-    def run(self, tiles: Image, condition: Image | None) -> Image:
-        """Return the output for tiles (N, C, y, x) with conditions (N, entries)."""
-        found = []
-        for first in range(0, len(tiles), self.batch):
-            span = slice(first, first + self.batch)
-            number = len(tiles[span])
-            # What is fixed is faster than what may vary: a shorter last batch is
-            # filled up, and the rest is thrown away.
-            full, told = (
-                None if part is None else _filled(part[span], self.batch)
-                for part in (tiles, condition)
-            )
-            assert full is not None
-            with self._turn:
-                outputs = self._engine.infer(full, told)
-            found.append(outputs[self._output][:number])
-        return np.concatenate(found)
-
-    def restored(self, tiles: Image, condition: Image | None) -> Image:
-        """Return the restored tiles; EngineError if they have another shape."""
-        restored = np.asarray(self.run(tiles, condition), np.float32)
-        if restored.shape != tiles.shape:
-            msg = (
-                f"engine '{self._engine.name}': its output '{self._output}' is "
-                f"{restored.shape} for tiles of {tiles.shape}; a restorer returns "
-                "tiles of the size it is given"
-            )
-            raise EngineError(msg)
-        return restored
-
-    def close(self) -> None:
-        """Free the engine."""
-        self._engine.close()
-
-
-def _filled(part: Image, batch: int) -> Image:
-    """Repeat the last of a batch until it is full."""
-    missing = batch - len(part)
-    if not missing:
-        return part
-    return np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
+    def restore_frame(
+        self, signal: Image, seen: Prediction | None, out: Image
+    ) -> Image | None:
+        """Restore a frame, see `FrameRestorer`."""
+        assert seen is not None
+        np.copyto(out, signal)
+        share = self._montage.restored_share(seen.defocus.level)
+        if share.any():
+            if self._own_pass is not None:
+                prepared = self._own_pass.prepare(signal)
+                with self._turn:
+                    seen = self._own_pass.see(prepared)
+            assert seen.restored is not None
+            blend(signal, seen.restored, share, out)
+        evidence = self._evidence
+        return None if evidence is None else evidence.weigh(signal, seen.defocus, out)
 
 
 class TileNetworkRestorer(FrameRestorer):
