@@ -98,8 +98,8 @@ def _build(
     card: EngineCard, section: str, rules: Mapping[str, Callable[..., Rule]]
 ) -> Rule:
     """Make the rule that a section of the card names."""
-    given = dict(getattr(card, section))
-    name = given.pop("name", None)
+    options = dict(getattr(card, section))
+    name = options.pop("name", None)
     if not isinstance(name, str) or name not in rules:
         msg = (
             f"engine '{card.name}': {section}.name is '{name}', known are "
@@ -107,7 +107,7 @@ def _build(
         )
         raise EngineError(msg)
     try:
-        return rules[name](**given)
+        return rules[name](**options)
     except (TypeError, ValueError) as error:
         msg = f"engine '{card.name}': {section} '{name}': {error}"
         raise EngineError(msg) from error
@@ -161,17 +161,9 @@ class Conditions:
         return self.rows(np.full(number, np.nan, np.float32))
 
     def rows(self, defocus_um: Image) -> Image | None:
-        """Return the condition of tiles.
+        """Return the condition of tiles; None: the engine takes none.
 
-        Parameters
-        ----------
-        defocus_um
-            Per tile; NaN: not known.
-
-        Returns
-        -------
-        Image or None
-            Axes (tile, entry); None: the engine takes no condition.
+        Axes (tile, entry), of the defocus per tile; NaN: not known.
         """
         if not self.entries:
             return None
@@ -263,17 +255,8 @@ class LabelDecoder:
         """Return one signed level for a frame, from its tiles that show something.
 
         The mean distance from focus by the labels' probabilities, on the side that
-        they lean to: where the direction is open, a distance remains.
-
-        Parameters
-        ----------
-        logits
-            Axes (label, tile_y, tile_x).
-
-        Returns
-        -------
-        float
-            NaN: every tile is likelier background.
+        they lean to: where the direction is open, a distance remains. NaN: every tile
+        is likelier background. Logits have axes (label, tile_y, tile_x).
         """
         probability = probabilities(logits)
         of_levels = self.levels != BACKGROUND
@@ -291,8 +274,8 @@ def tile_grid(
 ) -> TileGrid:
     """Grid of the tiles whose centre lies in the frame; at least one per axis."""
     counts = [
-        min(found, max(1, ceil((side - card.origin_px) / card.stride_px)))
-        for found, side in zip((rows, columns), fit.shape, strict=True)
+        min(tiles, max(1, ceil((side - card.origin_px) / card.stride_px)))
+        for tiles, side in zip((rows, columns), fit.shape, strict=True)
     ]
     return TileGrid(
         rows=counts[0],
@@ -329,14 +312,14 @@ def common_grid(grids: Mapping[str, TileGrid | None]) -> TileGrid | None:
     EngineError
         If two channels have different grids: one map cannot hold both.
     """
-    found = {name: grid for name, grid in grids.items() if grid is not None}
-    if len(set(found.values())) > 1:
+    classified = {name: grid for name, grid in grids.items() if grid is not None}
+    if len(set(classified.values())) > 1:
         msg = (
-            f"classifiers of channels {', '.join(found)} divide a frame into different "
-            "tiles; use engines with the same tile_px and stride_px"
+            f"classifiers of channels {', '.join(classified)} divide a frame into "
+            "different tiles; use engines with the same tile_px and stride_px"
         )
         raise EngineError(msg)
-    return next(iter(found.values()), None)
+    return next(iter(classified.values()), None)
 
 
 def check_labels(card: EngineCard, logits: tuple[int, ...]) -> None:
@@ -362,36 +345,28 @@ def _mean(values: Image, weights: Image) -> Image:
     return np.asarray((weights * values).sum(axis=0) / total, dtype=np.float32)
 
 
-def estimate_frame(header: FrameHeader, found: DefocusMap) -> Estimate:
+def estimate_frame(header: FrameHeader, defocus: DefocusMap) -> Estimate:
     """Combine the tiles of a frame, each with the weight of its confidence.
 
-    Parameters
-    ----------
-    header
-        Of the frame; its index, z and times are copied.
-
-    Returns
-    -------
-    Estimate
-        ``level`` is the one that gathers most confidence, ``defocus_um`` the
-        weighted mean; both None where every tile is background.
+    ``level`` is the one that gathers most confidence, ``defocus_um`` the weighted
+    mean; both None where every tile is background.
     """
-    foreground = found.level != BACKGROUND
-    weights = found.confidence[foreground].astype(np.float64)
+    foreground = defocus.level != BACKGROUND
+    weights = defocus.confidence[foreground].astype(np.float64)
     level: int | None = None
     defocus_um: float | None = None
     confidence = 0.0
     if (total := weights.sum()) > 0:
-        levels = found.level[foreground] - (lowest := found.level[foreground].min())
+        levels = defocus.level[foreground] - (lowest := defocus.level[foreground].min())
         level = int(lowest + np.bincount(levels, weights=weights).argmax())
-        defocus_um = float((found.defocus_um[foreground] * weights).sum() / total)
+        defocus_um = float((defocus.defocus_um[foreground] * weights).sum() / total)
         confidence = float(weights.mean())
     return Estimate(
         series_uid=header.series_uid,
         sequence=header.sequence,
         level=level,
         defocus_um=defocus_um,
-        signed=found.grid.signed,
+        signed=defocus.grid.signed,
         confidence=confidence,
         foreground=float(foreground.mean()),
         z_um=header.z_um,

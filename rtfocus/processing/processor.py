@@ -177,11 +177,11 @@ class FrameProcessor:
 
     def backends(self) -> dict[str, str]:
         """Tell what each engine runs on, of every device that says another."""
-        said: dict[str, list[str]] = {}
+        runtimes: dict[str, list[str]] = {}
         for run in self._runs:
             for name, runtime in run.prepared.backends.items():
-                said.setdefault(name, []).append(runtime)
-        return {name: "; ".join(dict.fromkeys(all_)) for name, all_ in said.items()}
+                runtimes.setdefault(name, []).append(runtime)
+        return {name: "; ".join(dict.fromkeys(all_)) for name, all_ in runtimes.items()}
 
     def lost(self) -> tuple[str, ...]:
         """Tell which devices of the series stopped answering, and why."""
@@ -394,11 +394,11 @@ def open_processor(config: Config) -> FrameProcessor:
     EngineError
         If the device that is asked for is unavailable; says what is missing.
     """
-    found = usable(
+    kinds = usable(
         "frame processor",
         config.processing.device,
         DEVICES,
         lambda kind: kind.why_unavailable(),
         "; or set processing.device to cpu or auto",
     )
-    return FrameProcessor(config, [kind.open_devices(config) for kind in found])
+    return FrameProcessor(config, [kind.open_devices(config) for kind in kinds])

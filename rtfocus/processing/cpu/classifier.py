@@ -136,10 +136,10 @@ class FrameNetwork:
         down, across = self._weights
         for row, column in np.ndindex(self._down.count, self._across.count):
             place = self._down.span(row), self._across.span(column)
-            found, image = self._pass(planes[..., *place], condition)
+            window, image = self._pass(planes[..., *place], condition)
             if logits is None:
-                logits = self._empty_labels(found)
-            self._keep_labels(logits, found, row, column)
+                logits = self._empty_labels(window)
+            self._keep_labels(logits, window, row, column)
             if image is not None and restored is not None:
                 restored[..., *place] += down[row][:, None] * across[column] * image
         assert logits is not None
@@ -162,21 +162,21 @@ class FrameNetwork:
             raise EngineError(msg)
         return logits, restored
 
-    def _empty_labels(self, found: Image) -> Image:
+    def _empty_labels(self, window: Image) -> Image:
         """Return room for the labels of all windows, of which one is given."""
         counts = [
             (axis.count - 1) * round(axis.own_px / self._input.stride_px) + tiles
             for axis, tiles in zip(
-                (self._down, self._across), found.shape[2:], strict=True
+                (self._down, self._across), window.shape[2:], strict=True
             )
         ]
-        return np.empty((*found.shape[:2], *counts), np.float32)
+        return np.empty((*window.shape[:2], *counts), np.float32)
 
-    def _keep_labels(self, logits: Image, found: Image, row: int, column: int) -> None:
+    def _keep_labels(self, logits: Image, window: Image, row: int, column: int) -> None:
         """Copy the tiles whose centre belongs to a window."""
         down, from_row = self._own_tiles(self._down, row, logits.shape[2])
         across, from_column = self._own_tiles(self._across, column, logits.shape[3])
-        logits[..., down, across] = found[..., from_row, from_column]
+        logits[..., down, across] = window[..., from_row, from_column]
 
     def _own_tiles(
         self, axis: AxisWindows, index: int, count: int
@@ -235,21 +235,16 @@ class TileNetwork:
 
     def run(self, tiles: Image, condition: Image | None) -> Image:
         """Return the output for tiles (N, C, y, x) with conditions (N, entries)."""
-        found = []
-        for first in range(0, len(tiles), self.batch):
-            span = slice(first, first + self.batch)
-            number = len(tiles[span])
-            # What is fixed is faster than what may vary: a shorter last batch is
-            # filled up, and the rest is thrown away.
-            full, told = (
-                None if part is None else _filled(part[span], self.batch)
-                for part in (tiles, condition)
-            )
-            assert full is not None
+        results, batch = [], self.batch
+        for first in range(0, len(tiles), batch):
+            span = slice(first, first + batch)
+            # A fixed size is faster: a shorter last batch is filled up.
+            full = _filled(tiles[span], batch)
+            entries = None if condition is None else _filled(condition[span], batch)
             with self._turn:
-                outputs = self._engine.infer(full, told)
-            found.append(outputs[self._output][:number])
-        return np.concatenate(found)
+                outputs = self._engine.infer(full, entries)
+            results.append(outputs[self._output][: len(tiles[span])])
+        return np.concatenate(results)
 
     def restored(self, tiles: Image, condition: Image | None) -> Image:
         """Return the restored tiles; EngineError if they have another shape."""
@@ -324,8 +319,8 @@ class FrameClassifier:
         ranges = ()
         for place in np.ndindex(images.shape[:2]):
             plane = images[place]
-            tiles[place], found = self._normalise(self._pad(plane), plane)
-            ranges += found
+            tiles[place], plane_range = self._normalise(self._pad(plane), plane)
+            ranges += plane_range
         return NetworkView(tiles, empty, ranges, signal.shape)
 
     def see(self, prepared: NetworkView) -> Prediction:
@@ -334,11 +329,11 @@ class FrameClassifier:
         defocus = self._map(logits[0], prepared.empty)
         if restored is None:
             return Prediction(defocus, None)
-        told = self._plan.conditions
-        if self._plan.looks_twice and told is not None:
+        conditions = self._plan.conditions
+        if self._plan.looks_twice and conditions is not None:
             level = self._labels.level_of_frame(logits[0])
-            again = told.told(level, len(prepared.tiles))
-            _, restored = self._network.run(prepared.tiles, again)
+            condition = conditions.told(level, len(prepared.tiles))
+            _, restored = self._network.run(prepared.tiles, condition)
             assert restored is not None
         return Prediction(defocus, self._to_signal(restored, prepared))
 
@@ -356,8 +351,8 @@ class FrameClassifier:
         self._network.engine.close()
 
     def _run(self, tiles: Image) -> tuple[Image, Image | None]:
-        told = self._plan.conditions
-        condition = None if told is None else told.unknown(len(tiles))
+        conditions = self._plan.conditions
+        condition = None if conditions is None else conditions.unknown(len(tiles))
         return self._network.run(tiles, condition)
 
     def _pad(self, plane: Image) -> Image:
@@ -385,24 +380,24 @@ class FrameClassifier:
         least = max(_INVISIBLE * span, float(np.finfo(np.float32).tiny))
         tile_px, stride_px, start_px = (CELL_PX * n for n in tiles_in_cells(grid))
         rule = replace(self._background, quantum=self._plan.quantum or least)
-        found = rule.tiles(
+        is_empty = rule.tiles(
             padded, tile_px=tile_px, stride_px=stride_px, start_px=start_px
         )[: grid.rows, : grid.columns]
-        empty[: found.shape[0], : found.shape[1]] = found
+        empty[: is_empty.shape[0], : is_empty.shape[1]] = is_empty
         return empty
 
     def _map(self, logits: Image, empty: NDArray[np.bool_]) -> DefocusMap:
-        found = self._labels.decode(logits[:, : self.grid.rows, : self.grid.columns])
-        level, defocus = found.level, found.defocus
+        decoded = self._labels.decode(logits[:, : self.grid.rows, : self.grid.columns])
+        level, defocus = decoded.level, decoded.defocus
         if self._plan.mirrored:
             level, defocus = turned(level, defocus)
         level[empty] = BACKGROUND
         background = level == BACKGROUND
         defocus_um = defocus * np.float32(self._plan.step_um)
-        uncertainty_um = found.uncertainty * np.float32(self._plan.step_um)
+        uncertainty_um = decoded.uncertainty * np.float32(self._plan.step_um)
         defocus_um[background] = uncertainty_um[background] = np.nan
         return DefocusMap(
-            self.grid, defocus_um, found.confidence, level, uncertainty_um
+            self.grid, defocus_um, decoded.confidence, level, uncertainty_um
         )
 
     def _to_signal(self, restored: Image, prepared: NetworkView) -> Image:

@@ -73,7 +73,7 @@ class FrameRestorer(ABC):
 
     @abstractmethod
     def restore_frame(
-        self, signal: Image, seen: Prediction | None, out: Image
+        self, signal: Image, prediction: Prediction | None, out: Image
     ) -> Image | None:
         """Restore a frame; return `FrameResult.expected_error`.
 
@@ -81,7 +81,7 @@ class FrameRestorer(ABC):
         ----------
         signal
             Axes (y, x) or (y, x, colour); camera offset removed, no NaN.
-        seen
+        prediction
             What the classifier saw in it; None: there is none, and the restorer does
             without.
         out
@@ -117,10 +117,12 @@ def blend(signal: Image, restored: Image, share: Image, out: Image) -> None:
 class LevelRestorer(FrameRestorer):
     """A restorer that needs nothing but the level of every tile."""
 
-    def restore_frame(self, signal: Image, seen: Prediction | None, out: Image) -> None:
+    def restore_frame(
+        self, signal: Image, prediction: Prediction | None, out: Image
+    ) -> None:
         """Restore a frame by what the classifier saw, see `FrameRestorer`."""
-        assert seen is not None
-        self.restore(signal, seen.defocus.level, out)
+        assert prediction is not None
+        self.restore(signal, prediction.defocus.level, out)
 
     def restore(self, signal: Image, labels: NDArray[np.int16], out: Image) -> Image:
         """Restore a frame by the level of every tile; return `out`."""
@@ -190,7 +192,7 @@ class WienerDeconvolution:
         # Power in the band of a signal whose power at one cycle per pixel is 1.
         self._band_power = float(blurred.sum(dtype=np.float64))
 
-    def restore(self, seen: Surrounded) -> Image:
+    def restore(self, plane: Surrounded) -> Image:
         """Restore with one inverse transform, and the plane's forward one."""
         from scipy import fft
 
@@ -198,22 +200,22 @@ class WienerDeconvolution:
             gain = self._back * np.float32(1.0 + self._given)
             gain /= self._power + np.float32(self._given)
         else:
-            ratio = np.float32(self._noise_ratio(seen))
+            ratio = np.float32(self._noise_ratio(plane))
             gain = _limit(self._back / (self._power + ratio * self._rise))
-        restored = fft.irfft2(seen.spectrum * gain, s=self._shape, overwrite_x=True)
+        restored = fft.irfft2(plane.spectrum * gain, s=self._shape, overwrite_x=True)
         return np.asarray(restored, dtype=np.float32)
 
-    def _noise_ratio(self, seen: Surrounded) -> float:
+    def _noise_ratio(self, plane: Surrounded) -> float:
         """Return k: noise power over the signal's power at one cycle per pixel."""
-        variance = seen.variance
+        variance = plane.variance
         if self._gain is not None:
             # A camera that smooths or compresses hides its noise from the frame.
-            variance = max(variance, float(seen.signal.mean()) / self._gain)
-        found = seen.spectrum.take(self._band)
+            variance = max(variance, float(plane.signal.mean()) / self._gain)
+        band = plane.spectrum.take(self._band)
         pixels = self._shape[0] * self._shape[1]
-        power = (found.real**2 + found.imag**2).sum(dtype=np.float64) / pixels
+        power = (band.real**2 + band.imag**2).sum(dtype=np.float64) / pixels
         # White noise has its variance in every bin; the rest is blurred signal.
-        signal = max(float(power) - variance * found.size, 1e-3 * float(power))
+        signal = max(float(power) - variance * band.size, 1e-3 * float(power))
         if signal <= 0.0 or self._band_power <= 0.0:
             return 1.0
         return CAUTION * variance * self._band_power / signal
@@ -246,14 +248,14 @@ class RichardsonLucyDeconvolution:
         self._transfer = transfer_function(psf, shape)
         self._back = back_projectors(self._transfer, iteration_steps(psf, settings))
 
-    def restore(self, seen: Surrounded) -> Image:
+    def restore(self, plane: Surrounded) -> Image:
         """Iterate; negative counts (below the camera's offset) become 0."""
         return iterate(
-            seen.signal,
+            plane.signal,
             self._transfer,
             self._back,
             shape=self._shape,
-            start=seen.signal,
+            start=plane.signal,
         )
 
 
@@ -285,13 +287,13 @@ class BlindRichardsonLucyDeconvolution:
         self._rounds = iterations_of(settings)
         self._start = gaussian_like(psf)
 
-    def restore(self, seen: Surrounded) -> Image:
+    def restore(self, plane: Surrounded) -> Image:
         """Iterate; negative counts (below the camera's offset) become 0."""
-        return self.find(seen)[0]
+        return self.find(plane)[0]
 
-    def find(self, seen: Surrounded) -> tuple[Image, Image]:
+    def find(self, plane: Surrounded) -> tuple[Image, Image]:
         """Return the restored image and the kernel, whose centre is its origin."""
-        signal = image = seen.signal
+        signal = image = plane.signal
         kernel = self._start
         for _ in range(self._rounds):
             kernel = self._better_kernel(kernel, signal, image)
@@ -386,9 +388,9 @@ class DepthVariantRestorer(LevelRestorer):
             }
             for plane, into in pairs:
                 padded = read_region(plane, region, shape)
-                seen = Surrounded(padded, self._quantum)
+                surrounded = Surrounded(padded, self._quantum)
                 for level in levels:
-                    restored = self._filter(level, shape).restore(seen)
+                    restored = self._filter(level, shape).restore(surrounded)
                     change = restored[:height, :width]
                     np.maximum(change, 0, out=change)
                     change -= plane[place]

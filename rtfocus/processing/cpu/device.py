@@ -142,10 +142,10 @@ class OpenChannel:
         self.backends: dict[str, str] = {}
         """Name of each network to its runtime and precision."""
         threads = total_threads
-        if (seen := plan.classifier) is not None:
-            shared = share_threads(total_threads, one_pass=seen.restores)
-            self.classifier = FrameClassifier(seen, plan.processing, shared.classify)
-            self.backends[seen.found.name] = self.classifier.runs_on
+        if (network := plan.classifier) is not None:
+            shared = share_threads(total_threads, one_pass=network.restores)
+            self.classifier = FrameClassifier(network, plan.processing, shared.classify)
+            self.backends[network.found.name] = self.classifier.runs_on
             threads = shared.restore
         try:
             self.restorer = restorer = open_restorer(plan, self.grid, threads)
@@ -179,16 +179,16 @@ class _SlotBuffers:
     pedestal: float = 0.0
     """What a frame with negative values was lifted by."""
     view: NetworkView | None = None
-    """What the classifier is to see; None: it has seen it, or there is none."""
-    seen: Prediction | None = None
-    """What the classifier saw; None: none yet, or there is none."""
+    """Input of the classifier; None: it has had it, or there is none."""
+    prediction: Prediction | None = None
+    """None: none yet, or there is no classifier."""
 
 
 class CpuDevice:
     """Implements `rtfocus.processing.device.Device` on the CPU."""
 
     name = "CPU"
-    # Each holds what a network is to see of it: more would cost memory for nothing.
+    # Each holds its network input: more would cost memory for nothing.
     ahead = 2
 
     def __init__(self, config: Config) -> None:
@@ -205,18 +205,18 @@ class CpuDevice:
         self, plans: Sequence[ChannelPlan], series: SeriesStart, slots: int
     ) -> Prepared:
         """Open engines and reserve buffers for a series."""
-        # While networks are compiled; the first frame waits for the rest of it.
+        # SciPy loads while networks compile; the first frame waits for the rest.
         loading = threading.Thread(target=import_module, args=("scipy.fft",))
         loading.start()
         threads = self._config.processing.threads or usable_threads()
         for plan in plans:
             self._channels.append(OpenChannel(plan, threads))
-        wanted = any(plan.restoration is not None for plan in plans)
+        restores = any(plan.restoration is not None for plan in plans)
         dtype = restored_dtype(self._config, series)
         self._slots = [
             _SlotBuffers(
                 signal=np.empty(series.shape, dtype=np.float32),
-                restored=np.empty(series.shape, dtype=dtype) if wanted else None,
+                restored=np.empty(series.shape, dtype=dtype) if restores else None,
             )
             for _ in range(slots)
         ]
@@ -238,7 +238,7 @@ class CpuDevice:
         camera, pixels = job.plan.camera, job.slot.pixels
         with job.stage("correct"):
             if channel.classifier is None and channel.restorer is None:
-                # It is recorded alone: nobody reads a signal.
+                # Recorded alone: nobody reads the signal.
                 buffers.marks = camera.mark(pixels)
             else:
                 buffers.pedestal = camera.pedestal(pixels)
@@ -254,12 +254,12 @@ class CpuDevice:
         """Find the defocus of a frame's tiles."""
         buffers = self._slots[job.slot.index]
         classifier = self._channels[job.channel].classifier
-        buffers.seen, view, buffers.view = None, buffers.view, None
+        view, buffers.view, buffers.prediction = buffers.view, None, None
         if classifier is None or view is None:
             return None
         with job.stage("classify"):
-            buffers.seen = classifier.see(view)
-        return buffers.seen.defocus
+            buffers.prediction = classifier.see(view)
+        return buffers.prediction.defocus
 
     def begin_restoring(self, job: Job) -> None:
         """Nothing: a CPU restores when somebody waits for it."""
@@ -268,13 +268,15 @@ class CpuDevice:
         """Restore a frame, into a scratch frame of this thread and then its slot's."""
         buffers = self._slots[job.slot.index]
         restorer = self._channels[job.channel].restorer
-        restored, seen = buffers.restored, buffers.seen
+        restored, prediction = buffers.restored, buffers.prediction
         if job.skipped is not None or restorer is None or restored is None:
             return None
-        # What a network makes that is no number is told in `_store`.
+        # `_store` reports results that are not finite.
         with job.stage("restore"), np.errstate(over="ignore", invalid="ignore"):
             scratch = self._scratch(buffers.signal)
-            job.expected_error = restorer.restore_frame(buffers.signal, seen, scratch)
+            job.expected_error = restorer.restore_frame(
+                buffers.signal, prediction, scratch
+            )
             self._store(job, scratch, restored)
         return restored
 

@@ -80,21 +80,22 @@ class JointRestorer(FrameRestorer):
         self._turn = threading.Lock()
 
     def restore_frame(
-        self, signal: Image, seen: Prediction | None, out: Image
+        self, signal: Image, prediction: Prediction | None, out: Image
     ) -> Image | None:
         """Restore a frame, see `FrameRestorer`."""
-        assert seen is not None
+        assert prediction is not None
         np.copyto(out, signal)
-        share = self._montage.restored_share(seen.defocus.level)
+        share = self._montage.restored_share(prediction.defocus.level)
         if share.any():
             if self._own_pass is not None:
                 prepared = self._own_pass.prepare(signal)
                 with self._turn:
-                    seen = self._own_pass.see(prepared)
-            assert seen.restored is not None
-            blend(signal, seen.restored, share, out)
-        evidence = self._evidence
-        return None if evidence is None else evidence.weigh(signal, seen.defocus, out)
+                    prediction = self._own_pass.see(prepared)
+            assert prediction.restored is not None
+            blend(signal, prediction.restored, share, out)
+        if self._evidence is None:
+            return None
+        return self._evidence.weigh(signal, prediction.defocus, out)
 
 
 class TileNetworkRestorer(FrameRestorer):
@@ -115,24 +116,26 @@ class TileNetworkRestorer(FrameRestorer):
         self._normalisation = invertible_normalisation(card)
         self._tiles = FrameTiles(self._input, montage.shape)
 
-    def restore_frame(self, signal: Image, seen: Prediction | None, out: Image) -> None:
+    def restore_frame(
+        self, signal: Image, prediction: Prediction | None, out: Image
+    ) -> None:
         """Restore a frame, see `FrameRestorer`."""
-        assert seen is not None
+        assert prediction is not None
         np.copyto(out, signal)
-        share = self._montage.restored_share(seen.defocus.level)
+        share = self._montage.restored_share(prediction.defocus.level)
         places = self._tiles.needed(share)
         if not places:
             return
-        condition = self._conditions.rows(self._tiles.defocus_um(seen.defocus, places))
+        defocus_um = self._tiles.defocus_um(prediction.defocus, places)
+        condition = self._conditions.rows(defocus_um)
         images = to_planes(signal, self._input.channels)
         restored = np.empty(images.shape, np.float32)
         for image, into in zip(images, restored, strict=True):
             ranges = [self._normalisation.fit(plane) for plane in image]
-            into[...] = np.stack(
-                [normalised(p, *line) for p, line in zip(image, ranges, strict=True)]
-            )
-            found = self._network.restored(self._tiles.cut(into, places), condition)
-            into[...] = self._tiles.join(found, places)
+            for number, (offset, scale) in enumerate(ranges):
+                into[number] = normalised(image[number], offset, scale)
+            tiles = self._network.restored(self._tiles.cut(into, places), condition)
+            into[...] = self._tiles.join(tiles, places)
             for plane, (offset, scale) in zip(into, ranges, strict=True):
                 plane *= np.float32(scale)
                 plane += np.float32(offset)
@@ -155,7 +158,9 @@ class WholeImageRestorer(FrameRestorer):
         self._channels = input_of(card).channels
         self._tiles = FrameTiles(input_of(card), shape)
 
-    def restore_frame(self, signal: Image, seen: Prediction | None, out: Image) -> None:
+    def restore_frame(
+        self, signal: Image, prediction: Prediction | None, out: Image
+    ) -> None:
         """Restore a frame, see `FrameRestorer`.
 
         Raises
@@ -169,8 +174,8 @@ class WholeImageRestorer(FrameRestorer):
         for image, into in zip(images, restored, strict=True):
             shown = self._steps.show(image)
             tiles = self._tiles.cut(shown.image, places)
-            found = self._network.restored(tiles, None)
-            into[...] = self._steps.give(self._tiles.join(found, places), shown, image)
+            joined = self._tiles.join(self._network.restored(tiles, None), places)
+            into[...] = self._steps.give(joined, shown, image)
         # No light is negative; what is on a scale of its own is no light.
         least = -np.inf if self._steps.values is Values.own else 0
         np.maximum(from_planes(restored, signal.shape), least, out=out)
@@ -305,10 +310,10 @@ class LearnedWienerRestorer(LevelRestorer):
             for (row, column), image in zip(batch, restored, strict=True):
                 top, left = row * own // 2, column * own // 2
                 into = result[top : top + own, left : left + own]
-                kept = image[: into.shape[0], : into.shape[1]]
+                cut = image[: into.shape[0], : into.shape[1]]
                 down = rows[row, top : top + own]
                 across = columns[column, left : left + own]
-                into += down[:, None] * across * kept
+                into += down[:, None] * across * cut
         return result
 
     def _restore_tiles(
