@@ -66,15 +66,15 @@ class Rules:
         """
         terms = monitor.accounting.summary()
         lost = {**terms["dropped"], **terms["in_error"]}
-        found = [self._focus(monitor), self._disk(monitor), self._frames(lost)]
-        told = [
+        candidates = [self._focus(monitor), self._disk(monitor), self._frames(lost)]
+        due = [
             alarm
-            for alarm in found
+            for alarm in candidates
             if alarm is not None and self._is_time(alarm.kind, now_s)
         ]
-        if any(alarm.kind == "frames" for alarm in told):
+        if any(alarm.kind == "frames" for alarm in due):
             self._told_lost = sum(lost.values())
-        return told
+        return due
 
     def wants(self, kind: AlarmKind) -> bool:
         """Tell whether this kind is to be told at all."""

@@ -136,8 +136,8 @@ def restore(
         if restored_as_it_is(processing.restoration, processing) is None:
             _tell_blind(processing.restoration.method)
     if expected_error:
-        told = None if is_blind else "optics or the config"
-        _refuse_unstated_error(settings, channel, told)
+        source = None if is_blind else "optics or the config"
+        _refuse_unstated_error(settings, channel, source)
     errors: list[Image] = []
     with ImageProcessor(settings, optics) as processor:
 
@@ -192,11 +192,11 @@ def classify(
     if not _optics_known(settings, optics):
         _tell_blind(settings.processing.classifier)
     with ImageProcessor(settings, optics) as processor:
-        found = processor.classify(image, channel=channel).defocus
-    if found is None:
+        defocus = processor.classify(image, channel=channel).defocus
+    if defocus is None:
         msg = "the config has no classifier; give one with engine"
         raise EngineError(msg)
-    return found
+    return defocus
 
 
 def acquire(config: AnyConfig, *, stop: threading.Event | None = None) -> Any:  # noqa: ANN401
@@ -389,10 +389,10 @@ def _refuse_method_without_optics(settings: Config) -> None:
 
 
 def _refuse_unstated_error(
-    settings: Config, channel: str | None, told: str | None
+    settings: Config, channel: str | None, source: str | None
 ) -> None:
     find = partial(find_engine, folders=settings.processing.engine_folders)
-    if why := why_no_error(settings, channel, find, optics=told):
+    if why := why_no_error(settings, channel, find, optics=source):
         msg = f"no expected error: {why}"
         raise ConfigError(msg)
 
@@ -435,11 +435,11 @@ def _plane_by_plane(image: Image, restore: Callable[[Image], FrameResult]) -> Im
     place = next(places)
     plane = np.asarray(restore(image[place]).restored)
     # Into its place at once: a list of planes would need the memory twice.
-    made = _room_for(image.shape, plane.dtype)
-    made[place] = plane
+    result = _room_for(image.shape, plane.dtype)
+    result[place] = plane
     for place in places:
-        made[place] = restore(image[place]).restored
-    return made
+        result[place] = restore(image[place]).restored
+    return result
 
 
 def _room_for(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Image:

@@ -77,7 +77,7 @@ def acquire(
         FramePublisher(
             paired(config).transport,
             on_estimate=focusing.inbox.take,
-            on_ask=lambda what: focusing.asked(what, stop.set),
+            on_ask=lambda act: focusing.asked(act, stop.set),
         ) as publisher,
         acting_when(stop.is_set, publisher.stop),
     ):
@@ -203,7 +203,7 @@ def serve(
         while not stop.is_set():
             monitor = Monitor()
             on_monitor(monitor)
-            came: list[SeriesStart] = []
+            begun: list[SeriesStart] = []
             try:
                 folder = _process(
                     config,
@@ -212,18 +212,18 @@ def serve(
                     stop=stop,
                     patient=True,
                     unwanted=unwanted,
-                    on_series=came.append,
+                    on_series=begun.append,
                 )
             except RtfocusError as error:
-                if not came:
+                if not begun:
                     raise
                 if not isinstance(error, PeerGoneError):
-                    unwanted[came[0].series_uid] = str(error)
+                    unwanted[begun[0].series_uid] = str(error)
                 on_failure(error)
                 continue
             if folder is not None:
                 done = f"it is recorded in '{folder.resolve()}'; begin a new one"
-                unwanted[came[0].series_uid] = done
+                unwanted[begun[0].series_uid] = done
                 on_finished(folder)
 
 
@@ -385,14 +385,14 @@ class SeriesLoop:
         if isinstance(arrived, Gap):
             return arrived
         try:
-            found = arrived.estimate.result()
+            estimated = arrived.estimate.result()
         except EngineError:
             # The frame's failure is told by its result, where it is recorded.
             return arrived
         slot, frame = arrived.slot, arrived.slot.frame()
         estimate = None
-        if found is not None:
-            estimate = self._focus.read(frame, slot.pixels, *found)
+        if estimated is not None:
+            estimate = self._focus.read(frame, slot.pixels, *estimated)
             self._receiver.send_estimate(estimate)
             self._monitor.estimated(slot, estimate)
             self._preview.offer(slot.pixels, estimate, self._monitor.snapshot())

@@ -187,17 +187,17 @@ _FULL = ("no space left", "disk full", "not enough space")
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def remedy(error: BaseException, said: str = "") -> str:
+def remedy(error: BaseException, text: str = "") -> str:
     """Return what helps where the system refused to write.
 
     Parameters
     ----------
     error
         With its number, where it has one.
-    said
+    text
         The words of a library that keeps no number.
     """
-    number, words = getattr(error, "errno", None), said.lower()
+    number, words = getattr(error, "errno", None), text.lower()
     if number == errno.EFBIG or "file too large" in words:
         return (
             "a file there is as long as this system lets it be; raise the limit "
@@ -214,8 +214,8 @@ def remedy(error: BaseException, said: str = "") -> str:
 
 def why_not_written(error: OSError) -> str:
     """Return why the system refused to write, and what helps."""
-    said = error.strerror or str(error)
-    return f"{said}; {remedy(error, said)}"
+    reason = error.strerror or str(error)
+    return f"{reason}; {remedy(error, reason)}"
 
 
 @contextmanager

@@ -245,13 +245,13 @@ def _existing(run: Run, kinds: Sequence[Kind]) -> list[Kind]:
         )
         raise InputError(msg)
     there = run.kinds
-    wanted = kinds or there or ("raw",)
-    for kind in wanted:
+    requested = kinds or there or ("raw",)
+    for kind in requested:
         if kind not in there:
             named = ", ".join(there) or "none that can be read"
             msg = f"'{run.folder}' has no image '{kind}'; it has {named}"
             raise InputError(msg)
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(requested))
 
 
 def _series(run: Run, spec: ImageSpec) -> list[ImageSeries]:
@@ -365,7 +365,7 @@ class _Journal:
     ) -> dict[str, list[str]]:
         """Name the planes of an image that hold nothing, by the reason."""
         there = self._with_files(kind, position)
-        found: dict[str, list[str]] = {}
+        missing: dict[str, list[str]] = {}
         for index in image.indices():
             line = self._line(kind, position, index)
             why = None
@@ -374,8 +374,8 @@ class _Journal:
             elif (index["t"], self._channel(kind, index), index["z"]) not in there:
                 why = _GONE
             if why is not None:
-                found.setdefault(why, []).append(_named(index))
-        return found
+                missing.setdefault(why, []).append(_named(index))
+        return missing
 
     def _with_files(self, kind: Kind, position: int) -> set[tuple[int, int, int]]:
         """Return t, c and z of what may be read: of a file that is gone comes fill."""

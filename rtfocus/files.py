@@ -203,7 +203,7 @@ def whole(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         If `target` exists and `overwrite` is not given, or the system refuses to
         write; the message names the target.
     """
-    made = _make_folders(target.parent)
+    new_folders = _make_folders(target.parent)
     part = _beside(target, "part")
     try:
         recover(target)
@@ -215,7 +215,7 @@ def whole(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OutputError):
             remove(part)
-        for folder in made:
+        for folder in new_folders:
             with suppress(OSError):  # holds something: then it is needed
                 folder.rmdir()
 
@@ -225,12 +225,12 @@ def recover(*targets: Path) -> None:
 
     Something that one of them was just replacing comes back to its place.
     """
-    wanted = {(target.parent, _tag(target)): target for target in targets}
+    by_tag = {(target.parent, _tag(target)): target for target in targets}
     with suppress(OSError):
         for folder in {target.parent for target in targets}:
             for left in sorted(folder.glob(".rtfocus-*-*-*-*")):
                 _, tag, host, process, kind = left.name.split("-", 4)
-                target = wanted.get((folder, tag))
+                target = by_tag.get((folder, tag))
                 if target is None or host != _host() or not process.isdigit():
                     continue
                 if _is_alive(int(process)):
@@ -446,5 +446,5 @@ def _folders_in(folder: Path) -> Iterator[Path]:
 
 def _is_junction(entry: "os.DirEntry[str]") -> bool:
     """Tell a Windows junction, which is no symbolic link to Python."""
-    found = entry.stat(follow_symlinks=False) if os.name == "nt" else None
-    return bool(getattr(found, "st_reparse_tag", 0) == _MOUNT_POINT)
+    status = entry.stat(follow_symlinks=False) if os.name == "nt" else None
+    return bool(getattr(status, "st_reparse_tag", 0) == _MOUNT_POINT)

@@ -65,9 +65,9 @@ class LocalReader:
         """
         del z_um
         settings = self._settings_of(channel, pixels)
-        found = self._processor.classify(pixels, channel=channel).defocus
-        assert found is not None
-        return read_focus(found, pixels, settings)
+        defocus = self._processor.classify(pixels, channel=channel).defocus
+        assert defocus is not None
+        return read_focus(defocus, pixels, settings)
 
     def close(self) -> None:
         """Close the engine."""
@@ -78,10 +78,10 @@ class LocalReader:
     ) -> EstimatorSettings:
         if channel not in self._settings:
             depth = 8 * pixels.dtype.itemsize if pixels.dtype.kind == "u" else None
-            found = estimator_settings(self._config, channel, bit_depth=depth)
-            if found is None:
+            settings = estimator_settings(self._config, channel, bit_depth=depth)
+            if settings is None:
                 raise no_optics(channel)
-            self._settings[channel] = found
+            self._settings[channel] = settings
         return self._settings[channel]
 
 
@@ -178,17 +178,17 @@ class LoopActions(FocusActions):
                 self._answer(self._focusing.requests.popleft(), event)
         super().setup_event(event)
 
-    def _answer(self, what: Act, event: useq.MDAEvent) -> None:
-        self.focuser.journal.write("request", what=what)
-        if what == "hold_off":
+    def _answer(self, act: Act, event: useq.MDAEvent) -> None:
+        self.focuser.journal.write("request", what=act)
+        if act == "hold_off":
             self._set_aside, self.holder = self.holder or self._set_aside, None
-        elif what == "hold_on":
+        elif act == "hold_on":
             self.holder = self.holder or self._set_aside
-        elif what == "autofocus" and event.z_pos is not None:
+        elif act == "autofocus" and event.z_pos is not None:
             first = event.events[0] if isinstance(event, SequencedEvent) else event
-            asked = asking_for_focus(first)
-            super().setup_event(asked)
-            tuple(self.exec_event(asked))
+            focus_event = asking_for_focus(first)
+            super().setup_event(focus_event)
+            tuple(self.exec_event(focus_event))
 
 
 class FocusingEngine(LoopActions, RecordingEngine):
@@ -247,20 +247,20 @@ class Focusing:
         self.requests: deque[Act] = deque()
         """What somebody who looks at the run has asked for, from any thread."""
 
-    def asked(self, what: Act, stop: Callable[[], None]) -> None:
+    def asked(self, act: Act, stop: Callable[[], None]) -> None:
         """Do what somebody asks for who looks at the run, where the config allows it.
 
         What was asked for last and waits still is not done twice.
         `stop` ends the acquisition. Returns at once, from any thread.
         """
         if self._config.transport.preview.control is None:
-            self._tell(f"'{what}' was asked for; transport.preview.control allows none")
-        elif what == "stop":
+            self._tell(f"'{act}' was asked for; transport.preview.control allows none")
+        elif act == "stop":
             stop()
         elif len(self.requests) >= MOST_REQUESTS:
-            self._tell(f"'{what}' is refused: {MOST_REQUESTS} requests wait already")
-        elif not self.requests or self.requests[-1] != what:
-            self.requests.append(what)
+            self._tell(f"'{act}' is refused: {MOST_REQUESTS} requests wait already")
+        elif not self.requests or self.requests[-1] != act:
+            self.requests.append(act)
 
     @property
     def make_engine(self) -> Callable[..., RecordingEngine]:

@@ -255,11 +255,11 @@ class DefocusMap:
         # Of a dataclass it would be all its arrays.
         rows, columns = self.defocus_um.shape
         known = self.defocus_um[np.isfinite(self.defocus_um)]
-        said = f"{rows} x {columns} tiles, {known.size} with specimen"
+        text = f"{rows} x {columns} tiles, {known.size} with specimen"
         if known.size:
-            what = "defocus" if self.grid.signed else "distance from focus"
-            said += f", {what} {known.min():.2f} to {known.max():.2f} um"
-        return f"DefocusMap({said})"
+            quantity = "defocus" if self.grid.signed else "distance from focus"
+            text += f", {quantity} {known.min():.2f} to {known.max():.2f} um"
+        return f"DefocusMap({text})"
 
     def distances(self) -> "DefocusMap":
         """Return a map without the sides of focus, which nobody knows.
@@ -300,22 +300,22 @@ class DefocusMap:
         nearest = [_nearest(*tiles, self.grid, coarser.grid) for tiles in axes]
         places = np.ix_(*nearest)
         defocus_um = 2 * coarser.defocus_um[places]
-        taken = np.abs(defocus_um) > least_um
+        is_coarser = np.abs(defocus_um) > least_um
 
         def doubled(
             fine: NDArray[np.float32] | None, coarse: NDArray[np.float32] | None
         ) -> NDArray[np.float32] | None:
             if fine is None or coarse is None:
                 return fine
-            return np.where(taken, 2 * coarse[places], fine)
+            return np.where(is_coarser, 2 * coarse[places], fine)
 
-        known_um = np.where(taken, defocus_um, 0)
+        known_um = np.where(is_coarser, defocus_um, 0)
         level = np.clip(np.rint(known_um / step_um), -farthest, farthest)
         return DefocusMap(
             self.grid,
-            np.where(taken, defocus_um, self.defocus_um),
-            np.where(taken, coarser.confidence[places], self.confidence),
-            np.where(taken, level, self.level).astype(np.int16),
+            np.where(is_coarser, defocus_um, self.defocus_um),
+            np.where(is_coarser, coarser.confidence[places], self.confidence),
+            np.where(is_coarser, level, self.level).astype(np.int16),
             doubled(self.uncertainty_um, coarser.uncertainty_um),
             doubled(self.stated_um, coarser.stated_um),
         )

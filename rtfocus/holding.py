@@ -75,15 +75,15 @@ class HeldPlace:
         self.is_paused = False
         """Whether a focus device holds the focus, as far as `follow` has seen."""
 
-    def begin(self, found: Verdict | None, time_s: float) -> None:
+    def begin(self, verdict: Verdict | None, time_s: float) -> None:
         """Hold what a search found at a time; None: nothing, the next one waits."""
-        if found is None:
+        if verdict is None:
             self._searches = max(self._searches, 1)
         if self._searches:
             self._not_before_s = time_s + _PAUSE_S * 2 ** (self._searches - 1)
-        if found is not None:
+        if verdict is not None:
             limits = self._focuser.limits_around(None)
-            self.holder.begin(_HERE, time_s, found.end_um, seen_by(found), limits)
+            self.holder.begin(_HERE, time_s, verdict.end_um, seen_by(verdict), limits)
 
     def follow(self, time_s: float) -> float:
         """Correct the stage, or search, or pause; returns the correction in um.
@@ -261,8 +261,8 @@ class LiveHold:
             if self._focuser.config.on_failure == "skip":
                 msg = f"focus was not found: {verdict.reason} (autofocus.on_failure)"
                 raise MicroscopeError(msg)
-            said = unfocused((None, None), verdict.reason)
-            core_logger.warning("%s; so it is not held, and searched again later", said)
+            text = unfocused((None, None), verdict.reason)
+            core_logger.warning("%s; so it is not held, and searched again later", text)
         search = partial(self._search, channel)
         place = HeldPlace(self._focuser, holder, self._stage, search)
         place.begin(verdict if verdict.focused else None, RUN_CLOCK.now_s())
@@ -303,12 +303,12 @@ class LiveHold:
     def _hear(self, place: HeldPlace) -> None:
         """Do what somebody who looks at the run has asked for."""
         while self._focusing.requests:
-            what = self._focusing.requests.popleft()
-            self._focuser.journal.write("request", what=what)
-            if what == "autofocus":
+            act = self._focusing.requests.popleft()
+            self._focuser.journal.write("request", what=act)
+            if act == "autofocus":
                 place.search(RUN_CLOCK.now_s(), "searched as asked for")
             else:
-                self._is_on = what == "hold_on"
+                self._is_on = act == "hold_on"
 
     def _search(self, channel: str) -> Verdict:
         """Search in the frames of the running camera."""

@@ -100,10 +100,10 @@ class _Channel:
     def engines(self) -> list[FoundEngine]:
         """Classifier and restorer, as far as they are engines."""
         classifier, method = self.classifier, self.method
-        found = [] if classifier is None else [self.find_classifier(classifier)]
+        engines = [] if classifier is None else [self.find_classifier(classifier)]
         if method not in (*METHODS, "none", classifier):
-            found.append(self.find(method))
-        return found
+            engines.append(self.find(method))
+        return engines
 
     @property
     def needs_no_optics(self) -> bool:
@@ -122,9 +122,9 @@ class _Channel:
         """Refuse engines that do not fit the optics, or cannot do without."""
         processing = self.settings.processing
         if self.optics.system is not None:
-            for found in self.engines:
+            for engine in self.engines:
                 check_fit(
-                    found.card,
+                    engine.card,
                     self.optics.system,
                     ignore=processing.ignore_optics,
                     blind=processing.blind,
@@ -159,9 +159,9 @@ class _Channel:
 
         One image holds that of all channels, with a pixel per tile of the `first`.
         """
-        told = None if self.optics.system is None else self.optics.source
+        source = None if self.optics.system is None else self.optics.source
         name = self.known.name
-        why = why_no_error(self.settings, name, self.find, optics=told)
+        why = why_no_error(self.settings, name, self.find, optics=source)
         if why is None and self.tiles != first.tiles:
             why = (
                 f"'{self.method}' states it of {self.tiles}, '{first.method}', of "

@@ -176,8 +176,8 @@ class SideProcess:
             return None
         if not self.said and self._errors.is_file():
             self.said = self._errors.read_text("utf-8", errors="replace").strip()
-        said = self.said or f"exit code {self._process.returncode}"
-        last = said.splitlines()[-1]
+        text = self.said or f"exit code {self._process.returncode}"
+        last = text.splitlines()[-1]
         msg = f"{self._side} side failed: {last.removeprefix('error: ')}"
         return _KINDS.get(self._process.returncode, MicroscopeError)(msg)
 
@@ -252,17 +252,17 @@ def _channels(config: Config, series: SeriesStart | None) -> Iterator[Check]:
 
 def _engine_of(config: Config, channel: str) -> str:
     settings = config.channel(channel)
-    name, wanted = config.engines_of(channel)
+    name, engines = config.engines_of(channel)
     if settings.optics is None or name is None:
-        as_it_is = restored_as_it_is(wanted, config.processing)
+        as_it_is = restored_as_it_is(engines, config.processing)
         if as_it_is is None:
             return "recorded, not restored"
         _verify(as_it_is.engine)
         return f"restored by {as_it_is.name}, defocus not estimated"
-    found = find_classifier(name, config.processing.engine_folders)
-    check_fit(found.card, settings.optics, ignore=config.processing.ignore_optics)
-    check_region(found.card, config.autofocus.region)
-    _verify(found)
+    classifier = find_classifier(name, config.processing.engine_folders)
+    check_fit(classifier.card, settings.optics, ignore=config.processing.ignore_optics)
+    check_region(classifier.card, config.autofocus.region)
+    _verify(classifier)
     return f"{name} fits its optics"
 
 
@@ -284,9 +284,9 @@ def _work_of(config: Config, series: SeriesStart, channel: Channel) -> str:
     return f"{text}, restored by {plan.restoration.name}"
 
 
-def _verify(found: FoundEngine) -> None:
-    if "fp32" in found.card.files:
-        verified_file(found.folder, found.card, "fp32")
+def _verify(engine: FoundEngine) -> None:
+    if "fp32" in engine.card.files:
+        verified_file(engine.folder, engine.card, "fp32")
 
 
 def _device(config: Config) -> str:
@@ -308,8 +308,10 @@ def _search(name: str) -> str:
 def _calibration(path: Path) -> str:
     from rtfocus.autofocus.plans import load_calibration
 
-    found = load_calibration(path)
-    return "calibrated" if found.trusted else f"checked: {'; '.join(found.problems)}"
+    calibration = load_calibration(path)
+    if calibration.trusted:
+        return "calibrated"
+    return f"checked: {'; '.join(calibration.problems)}"
 
 
 def _disk(config: Config, series: SeriesStart | None) -> str:

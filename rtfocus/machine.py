@@ -174,9 +174,9 @@ def memory(
             stat = (folder / "memory.stat").read_text().split()
         except (OSError, ValueError):  # not told, or no limit: "max"
             continue
-        told = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+        fields = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
         # Files that were read fill the rest of a group, and give way.
-        cached = sum(told.get(name, 0) for name in version.cached)
+        cached = sum(fields.get(name, 0) for name in version.cached)
         total, free = min(total, limit), min(free, max(limit - used + cached, 0))
     return Memory(total, free)
 

@@ -140,8 +140,8 @@ class Accounting:
         with self._lock:
             self.planned, self.camera_lost = planned, camera_lost
             sent = self.acquired - self.focus
-            rest = 0 if planned is None else planned - sent - camera_lost
-            self.not_acquired = max(not_acquired, rest)
+            remaining = 0 if planned is None else planned - sent - camera_lost
+            self.not_acquired = max(not_acquired, remaining)
 
     def rejected_messages(self) -> dict[str, int]:
         """Return the messages that were no frames, by reason."""
@@ -241,7 +241,7 @@ class Outcome:
             planned=terms.get("planned"),
             present=terms["written"],
             reason=report.get("reason", COMPLETED),
-            lost={what: number for what, number in lost.items() if number},
+            lost={term: number for term, number in lost.items() if number},
             not_acquired=terms.get("not_acquired", 0),
         )
 
@@ -277,13 +277,13 @@ class Outcome:
             return (
                 f"stopped by the user: {number}" if self.was_stopped else number + why
             )
-        missing = [f"{n} {what}" for what, n in self.lost.items()]
+        missing = [f"{n} {term}" for term, n in self.lost.items()]
         if self.not_acquired:
             missing.append(f"{self.not_acquired} not acquired")
-        said = "; ".join([number, *([", ".join(missing)] if missing else [])])
+        text = "; ".join([number, *([", ".join(missing)] if missing else [])])
         if self.was_stopped:
-            return f"stopped by the user: {said}"
-        return f"incomplete: {said}{why}"
+            return f"stopped by the user: {text}"
+        return f"incomplete: {text}{why}"
 
 
 def plan_in_words(terms: dict[str, Any]) -> str:

@@ -134,8 +134,8 @@ class Monitor:
 
         At most the last 512 are kept.
         """
-        kept, sampled = list(self._estimates), self._estimated
-        return sampled, kept[max(0, len(kept) - (sampled - number)) :]
+        recent, sampled = list(self._estimates), self._estimated
+        return sampled, recent[max(0, len(recent) - (sampled - number)) :]
 
     @property
     def planned(self) -> int | None:

@@ -206,9 +206,9 @@ class ImageProcessor(Closing):
         header = self._header(pixels)
         result = self._through(header, pixels, "classified only")
         if self._blind and result.defocus is not None:
-            found = self._looked_coarser(pixels, channel, result.defocus)
-            estimate = estimate_frame(header, found.distances())
-            result = replace(result, defocus=found, estimate=estimate)
+            defocus = self._looked_coarser(pixels, channel, result.defocus)
+            estimate = estimate_frame(header, defocus.distances())
+            result = replace(result, defocus=defocus, estimate=estimate)
         return replace(result, skipped=None)
 
     def _header(self, pixels: Pixels) -> FrameHeader:
@@ -257,26 +257,26 @@ class ImageProcessor(Closing):
         return replace(first, restored=mean, expected_error=None)
 
     def _looked_coarser(
-        self, pixels: Pixels, channel: str, found: DefocusMap
+        self, pixels: Pixels, channel: str, fine: DefocusMap
     ) -> DefocusMap:
         """Look at what is unsettled in the image of half the size too, and so on."""
         if self._scale is None or min(pixels.shape[:2]) < 2 * _LEAST_PX:
-            return found
+            return fine
         step, farthest = self._scale
         if pixels.dtype.kind == "f" and (invalid := ~np.isfinite(pixels)).any():
             # As the processor did: one such pixel would make all means around NaN.
             fill(pixels := pixels.astype(np.float32), invalid)
-        least_um = unsettled_um(found, pixels, step_um=step, farthest=farthest)
+        least_um = unsettled_um(fine, pixels, step_um=step, farthest=farthest)
         if not np.isfinite(least_um).any():
-            return found
+            return fine
         if self._coarser is None:
             self._coarser = ImageProcessor(self._config, self._optics)
         coarser = self._coarser.classify(
             halved(pixels), channel=channel, of_stack=True
         ).defocus
         if coarser is None:
-            return found
-        return found.with_coarser(coarser, least_um, step_um=step, farthest=farthest)
+            return fine
+        return fine.with_coarser(coarser, least_um, step_um=step, farthest=farthest)
 
     def _through(
         self, header: FrameHeader, pixels: Pixels, unrestored: str | None
@@ -325,11 +325,11 @@ class ImageProcessor(Closing):
 
         None: nothing needs any; nobody looks for levels.
         """
-        name, wanted = self._config.engines_of(channel)
+        name, engines = self._config.engines_of(channel)
         processing = self._config.processing
         optics = self._optics or self._config.channel(channel).optics
         if name is None:
-            if optics is None and restored_as_it_is(wanted, processing) is None:
+            if optics is None and restored_as_it_is(engines, processing) is None:
                 msg = (
                     "no classifier is configured; set processing.classifier or --engine"
                 )
@@ -409,7 +409,7 @@ def extract_kernels(
         msg = f"engine '{card.name}' extracts no kernels; those that do: {those}"
         raise EngineError(msg)
     with ImageProcessor(config.without_restoration()) as images:
-        found = images.classify(image, channel=channel).defocus
+        defocus = images.classify(image, channel=channel).defocus
     signal = np.asarray(image, np.float32)
     tiles_card = input_of(card)
     if signal.ndim == 3 and tiles_card.channels == 1:
@@ -420,8 +420,8 @@ def extract_kernels(
     tiles = FrameTiles(tiles_card, (signal.shape[0], signal.shape[1]))
     places = tiles.places
     defocus_um, signed = np.full(len(places), np.nan, np.float32), False
-    if found is not None:
-        defocus_um, signed = tiles.defocus_um(found, places), found.grid.signed
+    if defocus is not None:
+        defocus_um, signed = tiles.defocus_um(defocus, places), defocus.grid.signed
     given = config.channel(channel).optics
     conditions = Conditions(
         card,
@@ -433,8 +433,8 @@ def extract_kernels(
     with closing(
         TileNetwork(opened, config.processing, output=output.name, threads=threads)
     ) as network:
-        told = conditions.rows(defocus_um)
-        kernels = network.run(tiles.cut(np.stack(scaled), places), told)
+        condition = conditions.rows(defocus_um)
+        kernels = network.run(tiles.cut(np.stack(scaled), places), condition)
     side = output.size_px
     if kernels.shape[1:] != (side, side) or not np.isfinite(kernels).all():
         msg = (

@@ -368,5 +368,5 @@ def _row(line: Line) -> tuple[Any, ...]:
 
 
 def _few(names: tuple[str, ...]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:8]) or "none"
-    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
+    listed = ", ".join(f"'{name}'" for name in names[:8]) or "none"
+    return listed if len(names) <= 8 else f"{listed} and {len(names) - 8} more"

@@ -310,10 +310,10 @@ def _deposit(
         for dx in (0, 1):
             weight = np.abs(1 - dy - share[:, 0]) * np.abs(1 - dx - share[:, 1])
             rows, columns = corner[:, 0] + dy, corner[:, 1] + dx
-            seen = (rows >= 0) & (rows < image.shape[0])
-            seen &= (columns >= 0) & (columns < image.shape[1])
-            light = (strength * weight)[seen].astype(np.float32)
-            np.add.at(image, (rows[seen], columns[seen]), light)
+            is_inside = (rows >= 0) & (rows < image.shape[0])
+            is_inside &= (columns >= 0) & (columns < image.shape[1])
+            light = (strength * weight)[is_inside].astype(np.float32)
+            np.add.at(image, (rows[is_inside], columns[is_inside]), light)
 
 
 # Absorbance of red, green and blue per unit of dye: Ruifrok and Johnston 2001.

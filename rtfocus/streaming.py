@@ -92,11 +92,11 @@ def estimates(
         last: Estimate | None = None
         while stop is None or not stop.is_set():
             preview = viewer.newest(_LOOK_S)
-            found = None if preview is None else preview.header.estimate
+            estimate = None if preview is None else preview.header.estimate
             # One frame's comes by itself, and again with the frame's picture.
-            if found is not None and found != last:
-                yield found
-                last = found
+            if estimate is not None and estimate != last:
+                yield estimate
+                last = estimate
                 wait.restart()
             elif timeout_s is not None and wait.look() > timeout_s:
                 return
@@ -196,9 +196,9 @@ class LiveStream:
     @property
     def runs(self) -> list[Run]:
         """The run folders of the plans so far, where they lie on this machine."""
-        wanted = [report.series_uid for report in self.reports]
-        found = {run.series.series_uid: run for run in self._run_folders()}
-        return [found[uid] for uid in wanted if uid in found]
+        uids = [report.series_uid for report in self.reports]
+        by_uid = {run.series.series_uid: run for run in self._run_folders()}
+        return [by_uid[uid] for uid in uids if uid in by_uid]
 
     def sequenceStarted(self, *_: object) -> None:  # noqa: N802 (pymmcore-plus' name)
         """Cancel a plan whose frames would be lost: outside of the stream's block."""
@@ -234,7 +234,7 @@ class LiveStream:
                 FramePublisher(
                     self._config.transport,
                     on_estimate=heard,
-                    on_ask=lambda what: self._asked(focusing, what),
+                    on_ask=lambda act: self._asked(focusing, act),
                     # One of its own has nobody after it.
                     waits_for_another=not self._starts_processor,
                 )
@@ -283,11 +283,11 @@ class LiveStream:
             if self._thread is threading.current_thread():
                 # Ctrl-C has left the plan's run, which says no end by itself any more.
                 end_abandoned(self._core.mda)
-            while (begun := _begun_plan(self._core)) is not None:
+            while (plan := _begun_plan(self._core)) is not None:
                 if error is not None:
                     # Before its first signal a cancellation is lost.
                     self._core.mda.cancel()
-                begun.join(_LOOK_S)
+                plan.join(_LOOK_S)
             while not self._idle.wait(_LOOK_S):
                 continue
         if self._child is not None and not self._child.failed():
@@ -300,14 +300,14 @@ class LiveStream:
         assert self._following is not None, "plans run between their start and end"
         return self._following
 
-    def _asked(self, focusing: Focusing, what: Act) -> None:
+    def _asked(self, focusing: Focusing, act: Act) -> None:
         """Do what somebody asks for who looks at the run; any thread."""
         engine = self._core.mda.engine
-        if what == "stop" or isinstance(engine, StreamEngine):
-            focusing.asked(what, self._core.mda.cancel)
+        if act == "stop" or isinstance(engine, StreamEngine):
+            focusing.asked(act, self._core.mda.cancel)
         else:
             name = type(engine).__name__
-            _log.warning("'%s' was asked for; this core's %s does none", what, name)
+            _log.warning("'%s' was asked for; this core's %s does none", act, name)
 
     def _begin(self, sequence: useq.MDASequence, summary: Mapping[str, Any]) -> None:
         self._idle.clear()
@@ -374,9 +374,9 @@ def _told(error: Exception) -> Exception:
     """Return what a plan ended with as an error of rtfocus; its cause is kept."""
     if isinstance(error, RtfocusError):
         return error
-    told = MicroscopeError(f"the plan failed: {one_line(error)}")
-    told.__cause__ = error
-    return told
+    failure = MicroscopeError(f"the plan failed: {one_line(error)}")
+    failure.__cause__ = error
+    return failure
 
 
 def _with_free_preview(config: Config) -> Config:

@@ -372,8 +372,8 @@ class Recent(Generic[T]):
         So many; older ones are gone.
     """
 
-    def __init__(self, kept: int) -> None:
-        self._items: deque[T] = deque(maxlen=kept)
+    def __init__(self, most: int) -> None:
+        self._items: deque[T] = deque(maxlen=most)
         self.count = 0
         """Of all that ever came."""
         self._told = (0, 0)

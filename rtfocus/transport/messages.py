@@ -361,10 +361,10 @@ def readable_end(end: SeriesEnd) -> SeriesEnd:
 
     Cut, not refused: whatever a publisher complains of, all its frames came.
     """
-    kept = tuple(map(printable, end.warnings[:MOST_WARNINGS]))
-    if (more := len(end.warnings) - len(kept)) > 0:
-        kept = (*kept, f"{more} further warnings")
-    return msgspec.structs.replace(end, reason=printable(end.reason), warnings=kept)
+    warnings = tuple(map(printable, end.warnings[:MOST_WARNINGS]))
+    if (more := len(end.warnings) - len(warnings)) > 0:
+        warnings = (*warnings, f"{more} further warnings")
+    return msgspec.structs.replace(end, reason=printable(end.reason), warnings=warnings)
 
 
 def is_json(value: object) -> bool:

@@ -117,12 +117,12 @@ class PreviewPublisher:
 
         self._thread = IoThread("preview", open_loop, lambda _: None)
 
-    def begin(self, shown: ShownSeries) -> None:
+    def begin(self, series: ShownSeries) -> None:
         """Show a series from here on."""
         with self._lock:
             self._points.clear()
             self._focus.clear()
-        self._shown = shown
+        self._shown = series
         self._wake()
 
     def end(self) -> None:
@@ -235,12 +235,12 @@ class PreviewPublisher:
 
     def status(self) -> PreviewStatus:
         """Return how the processor is now."""
-        shown = self._shown
-        if shown is None:
+        series = self._shown
+        if series is None:
             return PreviewStatus(
                 PROTOCOL_VERSION, "waiting", host=platform.node(), control=self.control
             )
-        full = shown.saturation_counts
+        full = series.saturation_counts
         with self._lock:
             everything = self._states % _ALL_EVERY == 0
             points = self._points.news(everything=everything)
@@ -249,16 +249,16 @@ class PreviewPublisher:
         return PreviewStatus(
             PROTOCOL_VERSION,
             "running",
-            series=shown.brief(),
-            folder=str(shown.folder),
+            series=series.brief(),
+            folder=str(series.folder),
             host=platform.node(),
             saturation_counts=full if np.isfinite(full) else None,
-            metrics=shown.metrics(),
+            metrics=series.metrics(),
             points=points,
             focus=focus,
             dropped=self.dropped,
             control=self.control,
-            cannot=dict(shown.cannot),
+            cannot=dict(series.cannot),
         )
 
     def welcome(self) -> None:
@@ -268,14 +268,14 @@ class PreviewPublisher:
 
     def answer(self, data: bytes) -> Answer:
         """Do what a viewer asks for, or say why not."""
-        shown = self._shown
+        series = self._shown
         try:
             request = unpack_request(data)
-            if shown is None or request.series_uid != shown.series.series_uid:
+            if series is None or request.series_uid != series.series.series_uid:
                 return Answer(done=False, why="this series does not run any more")
-            if (why := shown.cannot.get(request.what)) is not None:
+            if (why := series.cannot.get(request.what)) is not None:
                 return Answer(done=False, why=why)
-            shown.act(request.what)
+            series.act(request.what)
         except RtfocusError as error:
             return Answer(done=False, why=str(error))
         return Answer(done=True)
@@ -308,7 +308,7 @@ class PreviewPublisher:
     def _picture(
         self, frame: FrameHeader, pixels: NDArray[np.generic], result: FrameResult
     ) -> list[Any]:
-        shown = self._shown
+        series = self._shown
         side_px = self._config.max_side_px
         step, reduced = _reduced(pixels, side_px)
         planes: list[tuple[PlaneHeader, NDArray[Any]]] = []
@@ -322,9 +322,9 @@ class PreviewPublisher:
         for name, tiles in maps_of(result).items():
             add(name, tiles.astype("<f4"))
         saturated = None
-        if shown is not None and np.isfinite(shown.saturation_counts):
+        if series is not None and np.isfinite(series.saturation_counts):
             saturated, blocks, block_px = saturation_blocks(
-                pixels, shown.saturation_counts
+                pixels, series.saturation_counts
             )
             if blocks is not None:
                 add("saturation", blocks, block_px)
@@ -426,8 +426,8 @@ class _PreviewLoop:
 
     def _note_viewers(self) -> None:
         # The first subscription and the end of the last one are what XPUB tells.
-        said = self._socket.recv()
-        self._offers.watched = said[:1] == b"\1"
+        subscription = self._socket.recv()
+        self._offers.watched = subscription[:1] == b"\1"
         self._offers.welcome()
         self._next_status_s = 0.0
 

@@ -276,8 +276,8 @@ class FramePublisher(Closing):
         """
         outbox, _ = self._series()
         if self._begun_s is not None:
-            said = self._link.warning(time.monotonic() - self._begun_s)
-            warnings = (*warnings, *filter(None, [said]))
+            warning = self._link.warning(time.monotonic() - self._begun_s)
+            warnings = (*warnings, *filter(None, [warning]))
         outbox.finish(
             reason,
             camera_lost=camera_lost,

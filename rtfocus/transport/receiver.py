@@ -208,7 +208,7 @@ class FrameReceiver:
         self._loop.estimates.put(estimate)
         self._thread.wake()
 
-    def ask(self, what: Act) -> None:
+    def ask(self, act: Act) -> None:
         """Ask the microscope side for something, which it may refuse; any thread.
 
         Raises
@@ -222,7 +222,7 @@ class FrameReceiver:
                 "ask again once it answers"
             )
             raise TransportError(msg)
-        self._loop.asks.append(what)
+        self._loop.asks.append(act)
         self._thread.wake()
 
     def wants_raw_only(self) -> str | None:

@@ -43,8 +43,10 @@ def create_keys(folder: Path) -> Path:
         If the folder already holds keys, which are never replaced, or cannot be
         written.
     """
-    if found := sorted(folder.rglob("*.key*")):
-        msg = f"'{folder}' already holds CURVE keys ({found[0].name}); choose another"
+    if existing := sorted(folder.rglob("*.key*")):
+        msg = (
+            f"'{folder}' already holds CURVE keys ({existing[0].name}); choose another"
+        )
         raise OutputError(msg)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

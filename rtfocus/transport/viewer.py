@@ -145,10 +145,10 @@ FocusLine = LookLine | VerdictLine | FailureLine | HoldLine | RequestLine
 def focus_line(line: object) -> FocusLine | None:
     """Read a line of ``focus.ndjson``; None: it has another form, as of a peer."""
     try:
-        found: FocusLine = msgspec.convert(line, FocusLine)
+        parsed: FocusLine = msgspec.convert(line, FocusLine)
     except FAULTS:
         return None
-    return found
+    return parsed
 
 
 def in_words(line: FocusLine) -> str | None:
@@ -263,12 +263,12 @@ def maps_of(result: FrameResult) -> dict[str, NDArray[np.float32]]:
     """Return what is stated of a frame's tiles, by the names of planes."""
     if (tiles := result.defocus) is None:
         return {}
-    found = {
+    maps = {
         "defocus": tiles.defocus_um,
         "deviation": tiles.stated_um,
         "expected_error": result.expected_error,
     }
-    return {name: values for name, values in found.items() if values is not None}
+    return {name: values for name, values in maps.items() if values is not None}
 
 
 _POSITIONS = 1000
@@ -366,10 +366,10 @@ class PreviewViewer(Closing):
         newest: Preview | None = None
         while newest is None:
             left_s = None if until_s is None else max(until_s - time.monotonic(), 0.0)
-            came = self.received(left_s)
-            if not came:
+            arrived = self.received(left_s)
+            if not arrived:
                 return None
-            pictures = (one for one in reversed(came) if isinstance(one, Preview))
+            pictures = (one for one in reversed(arrived) if isinstance(one, Preview))
             newest = next(pictures, None)
         return newest
 

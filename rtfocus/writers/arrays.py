@@ -128,8 +128,8 @@ def list_shards(array: Path, shard_frames: int) -> Iterator[ShardFile]:
         msg = f"'{array}' cannot be read: {error.strerror}"
         raise WriterError(msg) from error
     for name in names:
-        if (found := _SHARD_NAME.fullmatch(name)) is not None:
-            number, c, z = map(int, found.groups())
+        if (match := _SHARD_NAME.fullmatch(name)) is not None:
+            number, c, z = map(int, match.groups())
             times = range(number * shard_frames, (number + 1) * shard_frames)
             yield ShardFile(array, name, times, c, z)
 
@@ -233,11 +233,11 @@ class FrameArray:
             if not bool(there.fully_stored):
                 msg = "its file is gone"
                 raise OSError(msg)
-            found: NDArray[Any] = place.read().result()
+            values: NDArray[Any] = place.read().result()
         except (ValueError, OSError, RuntimeError, IndexError) as error:
             msg = f"frame t={t} c={c} z={z} of '{self._path}' cannot be read: {error}"
             raise WriterError(msg) from error
-        return found[0] if self._planes == 1 else np.moveaxis(found, 0, -1)
+        return values[0] if self._planes == 1 else np.moveaxis(values, 0, -1)
 
     def holds(self, t: int, c: int, z: int) -> bool:
         """Tell whether a frame is there, whole, and right by its checksums."""

@@ -147,7 +147,7 @@ def _check_journal(
     """Read the journal, and back every frame that it calls written."""
     path = folder / JOURNAL_NAME
     tally = Tally(Plan(header.series))
-    taken = TakenPlaces(tally.plan)
+    occupied = TakenPlaces(tally.plan)
     # In this order: of a run being written only frames that are there by now are read.
     stop = path.stat().st_size if path.exists() else None
     readers = _open_images(folder, header, report)
@@ -167,33 +167,33 @@ def _check_journal(
                 "use --repair",
             )
         if record.line is not None:
-            _check_line(record.line, tally, taken, readers, report)
+            _check_line(record.line, tally, occupied, readers, report)
     report.frames = tally.terms[WRITTEN, None]
     report.missing = tally.missing
     if report.finished:
-        _check_strays(readers, taken, max(tally.extent, 1), report)
+        _check_strays(readers, occupied, max(tally.extent, 1), report)
     return tally
 
 
 def _check_line(
     line: Line,
     tally: Tally,
-    taken: TakenPlaces,
+    occupied: TakenPlaces,
     readers: dict[str, "_ImageReader"],
     report: CheckReport,
 ) -> None:
     """Check one line, and the frame that it names."""
     expected = tally.next_sequence
     if line["sequence"] is not None and line["sequence"] != expected:
-        found = line["sequence"]
-        _tell(report, f"the journal jumps from sequence {expected} to {found}")
+        sequence = line["sequence"]
+        _tell(report, f"the journal jumps from sequence {expected} to {sequence}")
     tally.add(line)
     if line["status"] != WRITTEN:
         return
     index = complete(line["index"])
-    if index in taken:
+    if index in occupied:
         _tell(report, f"two frames at {index}")
-    taken.take(index)
+    occupied.take(index)
     for name in line["stored"]:
         fault = readers[name].fault(index) if name in readers else "no such image"
         if fault is not None:
@@ -202,7 +202,7 @@ def _check_line(
 
 def _check_strays(
     readers: dict[str, "_ImageReader"],
-    taken: TakenPlaces,
+    occupied: TakenPlaces,
     extent: int,
     report: CheckReport,
 ) -> None:
@@ -213,7 +213,7 @@ def _check_strays(
                 report,
                 f"{name} has {reader.frames} time points, not {extent}; use --repair",
             )
-    strays = sum(reader.count_strays(taken) for reader in readers.values())
+    strays = sum(reader.count_strays(occupied) for reader in readers.values())
     if strays:
         _tell(report, f"the journal names no frame of {strays} shards; use --repair")
 
@@ -232,8 +232,8 @@ class _ImageReader:
                 raise ValueError(msg)
         self.frames = max(array.shape[0] for array in self._arrays)
 
-    def count_strays(self, taken: TakenPlaces) -> int:
-        """Return how many shards hold no frame that is `taken`."""
+    def count_strays(self, occupied: TakenPlaces) -> int:
+        """Return how many shards hold no frame that is `occupied`."""
         strays = 0
         for position, (folder, array) in enumerate(
             zip(self._folders, self._arrays, strict=True)
@@ -241,7 +241,7 @@ class _ImageReader:
             frames = (array.shards or array.chunks)[0]
             for shard in list_shards(folder, frames):
                 inside = list(filter(self._plan.contains, shard.places(position)))
-                strays += bool(inside) and not any(one in taken for one in inside)
+                strays += bool(inside) and not any(one in occupied for one in inside)
         return strays
 
     def fault(self, index: dict[str, int]) -> str | None:

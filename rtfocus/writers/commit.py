@@ -144,14 +144,14 @@ def term_of(line: Line) -> tuple[str, str | None] | None:
 def report_of(folder: Path) -> dict[str, Any]:
     """Return ``report.json`` of a finished run; WriterError: it cannot be used."""
     try:
-        found = msgspec.json.decode((folder / REPORT_NAME).read_bytes(), type=dict)
-        msgspec.convert(found, _Report)
-        terms = msgspec.convert(found["accounting"], Terms)
+        report = msgspec.json.decode((folder / REPORT_NAME).read_bytes(), type=dict)
+        msgspec.convert(report, _Report)
+        terms = msgspec.convert(report["accounting"], Terms)
     except (OSError, msgspec.MsgspecError, RecursionError) as error:
         mend = f"rtfocus check {folder} --repair"
         msg = f"'{folder / REPORT_NAME}' cannot be read: {error}; run: {mend}"
         raise WriterError(msg) from error
-    return found | {"accounting": found["accounting"] | msgspec.to_builtins(terms)}
+    return report | {"accounting": report["accounting"] | msgspec.to_builtins(terms)}
 
 
 _Numbers = dict[str, float | None]
@@ -408,12 +408,12 @@ class Bookkeeping:
         """Name the place, the cause and the remedy of a failed write."""
         if isinstance(error, BusyError):
             return error
-        said, what = str(error), f"write to '{self.folder}' failed"
-        helps = remedy(error.__cause__ or error, said)
+        text, what = str(error), f"write to '{self.folder}' failed"
+        helps = remedy(error.__cause__ or error, text)
         if helps == FREE_SPACE:
             free = free_bytes(self.folder)
             what = f"disk full: '{self.folder}' has {free / 1e6:.1f} MB free"
-        repair = f"then run: rtfocus check {self.folder} --repair ({said})"
+        repair = f"then run: rtfocus check {self.folder} --repair ({text})"
         return WriterError(f"{what}; what is durable stays; {helps}, {repair}")
 
 

@@ -134,12 +134,12 @@ def finish_run(
 
 def _unnamed(images: RunImages, tally: Tally) -> list[Path]:
     """Return the shards that hold none of the places which journal lines name."""
-    found = []
+    files = []
     for _, position, shard in images.shards():
         planned = list(filter(tally.plan.contains, shard.places(position)))
         if planned and not any(place in tally.named for place in planned):
-            found.append(shard.path)
-    return found
+            files.append(shard.path)
+    return files
 
 
 def count_unrestored(folder: Path) -> int:
@@ -399,16 +399,16 @@ def contrast(images: RunImages, sample: FrameSample) -> dict[str, Windows]:
     None stands where there is nothing to see: the planned one holds there.
     """
     channels = images.channels
-    found: dict[str, Windows] = {}
+    windows: dict[str, Windows] = {}
     for spec in images.specs:
         if spec.name == CONFIDENCE:
             continue
-        found[spec.name] = [
+        windows[spec.name] = [
             window
             for channel in range(channels)
             for window in [_window(images, spec, sample, channel)] * spec.planes
         ]
-    return found
+    return windows
 
 
 def _window(
@@ -433,13 +433,13 @@ def _window(
     return (float(low), float(high)) if high > low else None
 
 
-def percentiles(seen: NDArray[Any], percents: tuple[float, float]) -> NDArray[Any]:
+def percentiles(values: NDArray[Any], percents: tuple[float, float]) -> NDArray[Any]:
     """Return what `numpy.percentile` does, in a tenth of its time: values sort fast."""
-    places = np.multiply(percents, (seen.size - 1) / 100)
+    places = np.multiply(percents, (values.size - 1) / 100)
     whole = places.astype(int)
-    low, high = np.sort(seen)[[whole, np.ceil(places).astype(int)]].astype(float)
-    found: NDArray[Any] = low + (high - low) * (places - whole)
-    return found
+    low, high = np.sort(values)[[whole, np.ceil(places).astype(int)]].astype(float)
+    result: NDArray[Any] = low + (high - low) * (places - whole)
+    return result
 
 
 def _values(images: RunImages, name: str, place: Index) -> NDArray[np.generic]:

@@ -131,14 +131,14 @@ class RunLock:
         # The wall clock goes on while a machine sleeps, the monotonic one may not.
         if not now and abs(time.time() - self._looked_s) < _LOOK_AGAIN_S:
             return
-        seen: list[LockHolder | None] = []
+        holders: list[LockHolder | None] = []
         with writing(self._folder, WriterError):
             PATIENCE.insist(
-                lambda: seen.append(_holder_in(self._folder)),
+                lambda: holders.append(_holder_in(self._folder)),
                 f"'{self._folder}' cannot be read any more",
             )
-        if (found := seen[0]) is None or found.token != self._holder.token:
-            by = "is gone" if found is None else f"was taken over by {found}"
+        if (holder := holders[0]) is None or holder.token != self._holder.token:
+            by = "is gone" if holder is None else f"was taken over by {holder}"
             msg = (
                 f"'{self._folder}' {by}: this process leaves it as it is; what is "
                 "durable is in it"
@@ -150,8 +150,8 @@ class RunLock:
         """Let others write; called twice does nothing."""
         if not self._lock.is_locked:
             return
-        found = _read_holder(self._folder)
-        if found is not None and found.token == self._holder.token:
+        holder = _read_holder(self._folder)
+        if holder is not None and holder.token == self._holder.token:
             with suppress(OSError):  # nobody is hindered by it: the lock decides
                 (self._folder / HOLDER_NAME).unlink(missing_ok=True)
         self._lock.release()
@@ -360,11 +360,11 @@ def _resumes(folder: Path, header: RunHeader) -> bool:
             msg = f"'{folder}' is not empty and no run folder; choose another run.name"
             raise WriterError(msg)
         return False
-    found = read_header(folder).series.series_uid
-    if found != uid:
+    held_uid = read_header(folder).series.series_uid
+    if held_uid != uid:
         msg = (
-            f"'{folder}' holds the cut-off series {found}, not {uid}; choose another "
-            f"run.name, or finish it with: rtfocus check {folder} --repair"
+            f"'{folder}' holds the cut-off series {held_uid}, not {uid}; choose "
+            f"another run.name, or finish it with: rtfocus check {folder} --repair"
         )
         raise WriterError(msg)
     return True
@@ -415,8 +415,8 @@ def added_to(folder: Path) -> Path | None:
         known |= {group, *group.parents}
         known |= {group / name for name in ("zarr.json", "0", Path(COMPANION).name)}
     places = [place for place in (folder, *groups) if place.is_dir()]
-    found = (path for place in places for path in place.iterdir() if path not in known)
-    return next(found, None)
+    others = (path for place in places for path in place.iterdir() if path not in known)
+    return next(others, None)
 
 
 def _exists(folder: Path) -> bool:

@@ -230,11 +230,11 @@ class JournalFile:
         The pixels are at this path by now: where the journal has left it, they are
         not with it.
         """
-        found = os.fstat(self._file.fileno())
-        if found.st_size != self._end or found.st_nlink == 0:
-            what = "was removed" if found.st_nlink == 0 else "was changed"
+        status = os.fstat(self._file.fileno())
+        if status.st_size != self._end or status.st_nlink == 0:
+            change = "was removed" if status.st_nlink == 0 else "was changed"
             msg = (
-                f"journal '{self._path}' {what} by another process while this one "
+                f"journal '{self._path}' {change} by another process while this one "
                 "records; it is left as it is"
             )
             raise BusyError(msg)
@@ -284,9 +284,9 @@ def intact_bytes(path: Path) -> int:
         while end > 0:
             start = max(end - _BLOCK_BYTES, 0)
             file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
             end = start
     return 0
 

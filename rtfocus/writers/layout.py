@@ -192,8 +192,8 @@ def finish_group(
         document = msgspec.json.decode(path.read_bytes())
         present = document.setdefault("attributes", {})
         present["rtfocus"] = present.get("rtfocus", {}) | rtfocus
-        shown = present.get("ome", {}).get("omero", {}).get("channels", [])
-        for channel, window in zip(shown, windows, strict=False):
+        channels = present.get("ome", {}).get("omero", {}).get("channels", [])
+        for channel, window in zip(channels, windows, strict=False):
             if window is not None and _is_planned(channel.get("window"), spec):
                 channel["window"] = _window(spec, window)
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -215,15 +215,15 @@ def _collection(root: Path, header: RunHeader) -> dict[Path, dict[str, Any]]:
     """Return what lies above the images: plate and wells, or the series list."""
     positions = header.series.positions
     if is_plate(positions):
-        found = {root: {"ome": plate_document(header.series.name, positions)}}
+        documents = {root: {"ome": plate_document(header.series.name, positions)}}
         wells = defaultdict(list)
         for position in positions:
             wells[well_of(position)].append(position.field)
         for (row, column), fields in sorted(wells.items()):
-            found[root / row] = {}
+            documents[root / row] = {}
             listed = [str(field) for field in sorted(fields)]
-            found[root / row / column] = {"ome": well_document(listed)}
-        return found
+            documents[root / row / column] = {"ome": well_document(listed)}
+        return documents
     if len(positions) == 1:
         return {}
     top, series = series_documents(position_paths(positions))
@@ -395,11 +395,11 @@ def companion_fault(folder: Path, header: RunHeader, spec: ImageSpec) -> str | N
     if not path.is_file():
         return None
     try:
-        found = len(read_ome_xml(path.read_bytes()).images)
+        count = len(read_ome_xml(path.read_bytes()).images)
     except (OSError, ValueError) as error:
         return str(error)
     planned = len(header.series.positions)
-    return None if found == planned else f"it has {found} images, not {planned}"
+    return None if count == planned else f"it has {count} images, not {planned}"
 
 
 def _ome_image(

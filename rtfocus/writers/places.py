@@ -250,8 +250,8 @@ class TakenPlaces:
 def thinned(plane: NDArray[Any]) -> NDArray[Any]:
     """Return some of a plane's finite values, evenly spread, as an array of its own."""
     step = max(1, int(np.sqrt(plane.size / _MOST_PIXELS)))
-    seen = plane[::step, ::step].flatten()
-    return seen[np.isfinite(seen)] if seen.dtype.kind == "f" else seen
+    sample = plane[::step, ::step].flatten()
+    return sample[np.isfinite(sample)] if sample.dtype.kind == "f" else sample
 
 
 class FrameSample:
@@ -322,43 +322,43 @@ class GapFinder:
 
     def arrive(self, frame: Planned) -> list[Missing]:
         """Resolve what was lost before this planned frame."""
-        found = self._resolve(frame)
+        gaps = self._resolve(frame)
         self._before = frame
-        return found
+        return gaps
 
     def postpone(self) -> list[Missing]:
         """Return lost frames without a place, because somebody waits for them.
 
         Their places follow with the next planned frame, without a sequence.
         """
-        told = [
+        gaps = [
             Missing(sequence, None, reason)
             for sequence, reason in self._lost
             if sequence is not None
         ]
         self._lost = [(None, reason) for _, reason in self._lost]
-        return told
+        return gaps
 
     def end(self) -> list[Missing]:
         """Resolve what was lost last: the places that followed in the plan."""
-        found = self._resolve(None)
-        placed = [missing.index for missing in found if missing.index is not None]
+        gaps = self._resolve(None)
+        placed = [missing.index for missing in gaps if missing.index is not None]
         if placed and self._before is not None:
             rank = self._before.event_index
             rank = None if rank is None else rank + len(placed)
             self._before = Planned(rank, placed[-1])
-        return found
+        return gaps
 
     def _resolve(self, after: Planned | None) -> list[Missing]:
         lost, self._lost = self._lost, []
         places = self._places(after, len(lost))
-        found = [
+        gaps = [
             Missing(sequence, places[i] if i < len(places) else None, reason)
             for i, (sequence, reason) in enumerate(lost)
         ]
         # The plan has more holes than frames were lost: never sent at all.
-        found += [Missing(None, place, NOT_SENT) for place in places[len(lost) :]]
-        return [m for m in found if m.sequence is not None or m.index is not None]
+        gaps += [Missing(None, place, NOT_SENT) for place in places[len(lost) :]]
+        return [m for m in gaps if m.sequence is not None or m.index is not None]
 
     def _places(self, after: Planned | None, lost: int) -> list[Index]:
         """Return the places between the neighbours, at least those of `lost` frames."""

@@ -3,7 +3,7 @@
 A power cut may leave a journal short, torn or with blocks of zeros, though the frames
 lie beside it. Sound lines stay as they are. A frame that no line names and whose
 checksums are right gets a line again, marked ``recovered``; what the line knew besides
-its place is lost. A sequence that nothing is left of is journalled as missing. Pixels
+its place is lost. A sequence that nothing is left of is sound as missing. Pixels
 that are not whole, and the damaged journal itself, are set aside, never deleted.
 """
 
@@ -118,8 +118,8 @@ def mend_journal(
     if not path.exists():
         steps.append("journal was lost; made it anew from the frames on the disk")
     elif salvage.damage:
-        kept = _keep_copy(folder, path)
-        steps.append(f"journal was damaged ({salvage.damage[0]}); it lies in '{kept}'")
+        copy = _keep_copy(folder, path)
+        steps.append(f"journal was damaged ({salvage.damage[0]}); it lies in '{copy}'")
     if salvage.is_unended:
         steps.append("ended the last line of the journal")
     if salvage.torn:
@@ -127,10 +127,10 @@ def mend_journal(
     write_journal(path, _texts(path, rows))
     if strays.frames:
         frames = number_of(len(strays.frames), "frame")
-        steps.append(f"journalled {frames} that no line named")
+        steps.append(f"sound {frames} that no line named")
     lost = sum(row.is_new and row.status == MISSING for row in rows)
     if lost:
-        steps.append(f"journalled {number_of(lost, 'frame')} as missing: {LOST}")
+        steps.append(f"sound {number_of(lost, 'frame')} as missing: {LOST}")
     aside = set_aside(folder, strays.unsound)
     if aside is not None:
         shards = number_of(len(strays.unsound), "unfinished shard")
@@ -234,26 +234,26 @@ class _Strays:
         self._taken = salvage.taken
         shards = list(images.shards())
         self._limit = salvage.extent + len(shards) + _MOST_LOST
-        found: dict[int, tuple[Index, set[str]]] = {}
+        stray: dict[int, tuple[Index, set[str]]] = {}
         alone: list[tuple[list[int], Path]] = []
         for name, position, shard in shards:
             places = shard.places(position)
             free = [place for place in places if self._is_free(place)]
             for place in free:
-                found.setdefault(self._plan.flat(place), (place, set()))[1].add(name)
+                stray.setdefault(self._plan.flat(place), (place, set()))[1].add(name)
             if len(free) == sum(map(self._plan.contains, places)):
                 alone.append(([self._plan.flat(place) for place in free], shard.path))
-        self.frames = self._sound(list(found.values()))
-        kept = {self._plan.flat(row.index) for row in self.frames if row.index}
-        self.unsound = [path for flats, path in alone if not kept.intersection(flats)]
+        self.frames = self._sound(list(stray.values()))
+        sound = {self._plan.flat(row.index) for row in self.frames if row.index}
+        self.unsound = [path for flats, path in alone if not sound.intersection(flats)]
         """Shards without a frame that is, or now gets, in the journal."""
 
     def _is_free(self, place: Index) -> bool:
         return self._plan.contains(place) and place not in self._taken
 
-    def _sound(self, found: list[tuple[Index, set[str]]]) -> list[_Row]:
+    def _sound(self, stray: list[tuple[Index, set[str]]]) -> list[_Row]:
         """Return a row for every place that holds a whole frame."""
-        plausible = [one for one in found if one[0]["t"] < self._limit]
+        plausible = [one for one in stray if one[0]["t"] < self._limit]
         longest = max((index["t"] + 1 for index, _ in plausible), default=0)
         if longest > self._images.frames:
             self._images.reserve(longest)
@@ -287,10 +287,10 @@ def _found_missing(known: list[_Row], recovered: list[_Row], plan: Plan) -> list
     rows = []
     for row in known:
         if row.status == MISSING and row.index is not None:
-            found = by_place.get(plan.flat(row.index))
-            if found is not None and not found.is_placed:
-                found.sequence, found.is_placed = row.sequence, True
-                row = found
+            gap = by_place.get(plan.flat(row.index))
+            if gap is not None and not gap.is_placed:
+                gap.sequence, gap.is_placed = row.sequence, True
+                row = gap
         rows.append(row)
     return rows
 
@@ -374,13 +374,13 @@ class _Merging:
 def _keep_copy(folder: Path, path: Path) -> str:
     """Copy a damaged journal to where nobody touches it; return that place."""
     for number in count(1):
-        kept = folder / ASIDE_NAME / f"{path.name}.{number}"
-        if not kept.exists():
+        copy = folder / ASIDE_NAME / f"{path.name}.{number}"
+        if not copy.exists():
             break
-    with writing(kept, WriterError):
-        kept.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, kept)
-    return str(kept)
+    with writing(copy, WriterError):
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    return str(copy)
 
 
 def _texts(path: Path, rows: list[_Row]) -> Iterator[bytes]:

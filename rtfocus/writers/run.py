@@ -357,17 +357,17 @@ class RunWriter:
             self._shards.flush()
             self._place(self._gaps.postpone())
 
-    def _place(self, found: list[Missing]) -> None:
+    def _place(self, gaps: list[Missing]) -> None:
         """Journal lost frames, now that their places are known as well as can be."""
         unplaced, self._unplaced = self._unplaced, []
         for entry in unplaced:
             entry.lines += [
                 missing_line(missing)
-                for missing in found
+                for missing in gaps
                 if missing.sequence is not None and missing.sequence in entry.sequences
             ]
             self._commits.seal(entry, [])
-        lines = [missing_line(missing) for missing in found if missing.sequence is None]
+        lines = [missing_line(missing) for missing in gaps if missing.sequence is None]
         if lines:
             self._commits.put(Entry(range(0), lines, sealed=True))
 
