@@ -1,11 +1,8 @@
-"""Api: one call for an image, one for a series, one for a calibration.
-
-`rtfocus` offers these names; what each does, the modules it calls do.
-"""
+"""Api: one call for an image, one for a series, one for a calibration."""
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -17,13 +14,14 @@ from rtfocus.channel import OpticalSystem as Optics
 from rtfocus.config import Config, load_config
 from rtfocus.config.loading import restoring_in, with_engine
 from rtfocus.engines.registry import find_engine
-from rtfocus.errors import ConfigError, EngineError, InputError
+from rtfocus.errors import ConfigError, EngineError, InputError, number_of
 from rtfocus.files import path_given
 from rtfocus.frame import DefocusMap, FrameResult
 from rtfocus.image_set import BLIND_ENGINE, restoring_with, why_no_error
 from rtfocus.images.optics import checked_optics
 from rtfocus.images.series import nothing_shown, pixels_of, shows_nothing
 from rtfocus.offline import ImageProcessor
+from rtfocus.optics.normalisation import told_below
 from rtfocus.processing.channel_plan import restored_as_it_is
 from rtfocus.processing.restore import BLIND, METHODS
 from rtfocus.runs import Run, open_run
@@ -147,7 +145,7 @@ def restore(
                 errors.append(np.asarray(result.expected_error))
             return result
 
-        restored = _plane_by_plane(image, restore_plane)
+        restored = _plane_by_plane(image, restore_plane, settings)
     if not expected_error:
         return restored
     outer = restored.shape[: -3 if _is_colour(restored) else -2]
@@ -177,9 +175,9 @@ def classify(
     -------
     DefocusMap
         ``defocus_um``, ``confidence`` and ``level``, each with axes (tile_y, tile_x);
-        NaN where there is no specimen. ``grid`` says where the tiles lie. With unknown
-        optics a blur beyond the engine's levels is measured in the image of half the
-        size, and so on: ``defocus_um`` goes on, ``level`` stays the last one.
+        NaN where there is no specimen; ``grid`` says where. With unknown optics
+        a blur beyond the engine's levels is measured in the image of half the size, and
+        so on: ``defocus_um`` goes on, ``level`` stays the last one.
 
     Raises
     ------
@@ -193,6 +191,7 @@ def classify(
         _tell_blind(settings.processing.classifier)
     with ImageProcessor(settings, optics) as processor:
         defocus = processor.classify(image, channel=channel).defocus
+    _tell_below_offset([pixels_of(image)], settings)
     if defocus is None:
         msg = "the config has no classifier; give one with engine"
         raise EngineError(msg)
@@ -303,12 +302,10 @@ def fit_psf(
         What they show.
     optics
         Nominal optics to start from.
-    step_um
-        Stacks: distance of the planes; None: what the file says.
+    step_um, bead_diameter_um
+        Stacks: distance of planes, None: what the file says; beads: size, 0: points.
     defocus_um
         Pairs: nominal defocus, positive = specimen too far from the objective.
-    bead_diameter_um
-        Beads: their size; 0: points.
     fit_aperture, fit_astigmatism
         What to fit besides defocus and spherical aberration.
 
@@ -409,7 +406,15 @@ def _tell_blind(engine: str | None) -> None:
     )
 
 
-def _plane_by_plane(image: Image, restore: Callable[[Image], FrameResult]) -> Image:
+def _tell_below_offset(planes: Iterable[Image], settings: Config) -> None:
+    offset = settings.camera.offset_counts
+    if told := [text for one in planes if (text := told_below(one, offset))]:
+        _log.warning("%s: %s", number_of(len(told), "plane"), told[0])
+
+
+def _plane_by_plane(
+    image: Image, restore: Callable[[Image], FrameResult], settings: Config
+) -> Image:
     """Restore the planes of a stack and put them together again."""
     image = pixels_of(image)
     is_colour = _is_colour(image)
@@ -431,20 +436,15 @@ def _plane_by_plane(image: Image, restore: Callable[[Image], FrameResult]) -> Im
     shape = image.shape[: image.ndim - plane_axes]
     if all(shows_nothing(image[place]) for place in np.ndindex(shape)):
         raise InputError(nothing_shown("the image"))
-    places = np.ndindex(shape)
-    place = next(places)
-    plane = np.asarray(restore(image[place]).restored)
-    # Into its place at once: a list of planes would need the memory twice.
-    result = _room_for(image.shape, plane.dtype)
-    result[place] = plane
-    for place in places:
+    _tell_below_offset((image[place] for place in np.ndindex(shape)), settings)
+    first, *others = np.ndindex(shape)
+    plane = np.asarray(restore(image[first]).restored)
+    try:  # Into its place at once: a list of planes would need the memory twice.
+        result = np.empty(image.shape, plane.dtype)
+    except MemoryError as error:
+        msg = f"the memory does not suffice for {image.shape}; give fewer planes"
+        raise InputError(msg) from error
+    result[first] = plane
+    for place in others:
         result[place] = restore(image[place]).restored
     return result
-
-
-def _room_for(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Image:
-    try:
-        return np.empty(shape, dtype)
-    except MemoryError as error:
-        msg = f"the memory does not suffice for a stack of {shape}; give fewer planes"
-        raise InputError(msg) from error

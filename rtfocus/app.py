@@ -301,7 +301,7 @@ class SeriesLoop:
         ) as writer:
             attendance.folder = folder
             self._receiver.begin(writer.next_sequence, str(folder.resolve()))
-            self._monitor.begin(self._series)
+            self._monitor.begin(self._series, self._config.camera.offset_counts)
             self._monitor.backends = self._processor.backends()
             shown = self._monitor.shown(self._config, folder, self._receiver.ask)
             self._preview.begin(shown)

@@ -344,7 +344,7 @@ class FrameResult:
     skipped: str | None = None
     """Why there is no restored frame, e.g. ``raw_only: stalled``."""
     flags: tuple[str, ...] = ()
-    """Marks such as ``nan`` or ``saturated``."""
+    """``nan``, ``saturated``, ``below_offset``: what is doubtful about the pixels."""
     engines: dict[str, str] = field(default_factory=dict)
     """Kind of engine to ``name@hash`` of its weights."""
     stage_ms: dict[str, float] = field(default_factory=dict)

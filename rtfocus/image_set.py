@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,7 @@ from rtfocus.images.optics import (
 )
 from rtfocus.images.series import ImageSeries, nothing_shown, shows_nothing
 from rtfocus.offline import ImageProcessor
+from rtfocus.optics.normalisation import told_below
 from rtfocus.processing.channel_plan import find_classifier
 from rtfocus.processing.restore import METHODS, NEEDS_OPTICS
 from rtfocus.workers import Closing
@@ -48,6 +50,7 @@ BLIND_ENGINE = "rtfocus-2"
 _MOST_PROCESSORS = 4
 
 Find = Callable[[str], FoundEngine]
+_Result = tuple[dict[str, int], NDArray[np.generic], FrameResult]
 
 
 def why_no_error(
@@ -264,6 +267,7 @@ class ImageSet(Closing):
         """
         self.series = series
         self._cut: Counter[int] = Counter()
+        self._below: dict[int, str] = {}
         self._plans = [self._plan(image) for image in series]
 
     def optics(self, number: int, channel: int) -> ImageOptics:
@@ -272,12 +276,8 @@ class ImageSet(Closing):
 
     def assumptions(self) -> list[str]:
         """Say, a line each, which optics do not come from the config."""
-        lines = [
-            channel.assumed()
-            for plan in self._plans
-            for channel in plan
-            if channel.optics.source != "the config"
-        ]
+        told = (one for plan in self._plans for one in plan)
+        lines = (one.assumed() for one in told if one.optics.source != "the config")
         return list(dict.fromkeys(lines))
 
     def made(self, number: int) -> dict[str, str]:
@@ -326,35 +326,25 @@ class ImageSet(Closing):
         EngineError
             If an engine fails.
         """
-        image = self.series[number]
-        for index, pixels in _planes(image):
-            processor, name = self._processor(number, index["c"])
-            with _named(image):
-                result = processor.restore(pixels, channel=name, of_stack=True)
-            restored = result.restored
-            if restored is None:
-                msg = f"'{image.path}': plane {index} was not restored"
-                raise EngineError(msg)
+        for _, pixels, result in self._results(number, restore=True):
+            restored = cast("NDArray[np.generic]", result.restored)
             self._count_cut(number, pixels, restored)
             on_result(result)
             yield restored
 
     def classified(self, number: int) -> Iterator[tuple[dict[str, int], FrameResult]]:
         """Yield index and result of every plane of an image; errors as `restored`."""
-        image = self.series[number]
-        for index, pixels in _planes(image):
-            processor, name = self._processor(number, index["c"])
-            with _named(image):
-                result = processor.classify(pixels, channel=name, of_stack=True)
-            yield index, result
+        results = self._results(number, restore=False)
+        return ((index, result) for index, _, result in results)
 
-    def cut(self) -> list[str]:
-        """Say, a line each, where restored pixels exceed what their type can hold."""
-        return [
+    def doubts(self) -> list[str]:
+        """Say, a line each, of which images light is taken for dark or does not fit."""
+        return [self._below[number] for number in sorted(self._below)] + [
             f"'{self.series[number].path}': {count} restored pixels exceed "
             f"{np.iinfo(self.restored_dtype(number)).max} and are stored as that; "  # type: ignore[type-var]
             "store.restored_dtype=float32 (--set) keeps them"
             for number, count in sorted(self._cut.items())
+            if count
         ]
 
     def close(self) -> None:
@@ -400,14 +390,24 @@ class ImageSet(Closing):
         self._processors.move_to_end(key)
         return self._processors[key], plan.known.name
 
+    def _results(self, number: int, *, restore: bool) -> Iterator[_Result]:
+        """Yield index, pixels and result of every plane of an image."""
+        image, offset = self.series[number], self._settings.camera.offset_counts
+        for index, pixels in _planes(image):
+            processor, name = self._processor(number, index["c"])
+            process = processor.restore if restore else processor.classify
+            with _named(image):
+                result = process(pixels, channel=name, of_stack=True)
+            if number not in self._below and (told := told_below(pixels, offset)):
+                self._below[number] = f"'{image.path}': {told}"
+            yield index, pixels, result
+
     def _count_cut(
         self, number: int, before: NDArray[np.generic], after: NDArray[np.generic]
     ) -> None:
         if after.dtype.kind == "u":
             top = np.iinfo(after.dtype).max  # type: ignore[type-var]
-            more = int(np.count_nonzero((after == top) & (before < top)))  # type: ignore[operator]
-            if more:
-                self._cut[number] += more
+            self._cut[number] += int(np.count_nonzero((after == top) & (before < top)))  # type: ignore[operator]
 
 
 def _planes(image: ImageSeries) -> Iterator[tuple[dict[str, int], NDArray[np.generic]]]:

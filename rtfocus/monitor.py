@@ -3,6 +3,7 @@
 And the log of what autofocus did meanwhile.
 """
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from rtfocus.frame import (
 )
 from rtfocus.machine import RUN_CLOCK
 from rtfocus.metrics import Accounting, StageTimes
+from rtfocus.optics.normalisation import BELOW_OFFSET, told_below
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.transport.messages import is_json
 from rtfocus.transport.viewer import (
@@ -34,6 +36,8 @@ from rtfocus.transport.viewer import (
     requests_refused,
 )
 from rtfocus.workers import BoundedQueue
+
+_log = logging.getLogger(__name__)
 
 RATE_WINDOW_S = 5.0
 """Frames/s are those of the last few seconds, so that a stall shows at once."""
@@ -83,7 +87,7 @@ class Monitor:
     """Frames that each device processed, e.g. ``GPU 0``."""
     restored: int = 0
     flagged: int = 0
-    """Frames marked ``nan`` or ``saturated``."""
+    """Frames marked ``nan``, ``saturated`` or ``below_offset``."""
     held: Counter[str] = field(default_factory=Counter)
     """Frames of the focus channel that hold ``looked_at``, and those ``left_out``."""
     alarms: Counter[str] = field(default_factory=Counter)
@@ -100,12 +104,15 @@ class Monitor:
     _started: float = field(default_factory=time.perf_counter)
     _first_ns: int | None = None
     _last_ns: int = 0
+    _offset_counts: float = 0.0
+    _below_offset: set[str] = field(default_factory=set)
+    """Channels of which it is told."""
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     _cpu_s: float = field(default_factory=time.process_time)
 
-    def begin(self, series: SeriesStart) -> None:
+    def begin(self, series: SeriesStart, offset_counts: float = 0.0) -> None:
         """Forget the time spent waiting for the series, and what was before it."""
-        self.series = series
+        self.series, self._offset_counts = series, offset_counts
         self._before = self.accounting.written
         self._started = time.perf_counter()
         self._cpu_s = time.process_time()
@@ -150,6 +157,19 @@ class Monitor:
         self.devices[result.device] += 1
         self.restored += result.restored is not None
         self.flagged += bool(result.flags)
+        if BELOW_OFFSET in result.flags:
+            self._tell_below_offset(slot)
+
+    def _tell_below_offset(self, slot: Slot) -> None:
+        """Warn of a channel's first frame that lies below the camera's offset."""
+        series, header = self.series, slot.header
+        assert series is not None
+        assert header is not None
+        channel = series.channels[header.index.get("c", 0)].name
+        if channel not in self._below_offset:
+            self._below_offset.add(channel)
+            told = told_below(slot.pixels, self._offset_counts)
+            _log.warning("frame %d, channel '%s': %s", header.sequence, channel, told)
 
     def committed(self, slot: Slot) -> None:
         """Note a frame that is on the disk."""

@@ -133,7 +133,7 @@ class _Opened:
             tiles = job.table != job.output
             found = find_in(images, 0, images.classified(0), with_tiles=tiles)
             at_work.keep(ledger.findings(unit), found)
-            return []
+            return images.doubts()
         image = images.outline(0, stretch=job.stretch)
         stated = StatedErrors()
         planes = images.restored(0, stated.note)
@@ -144,7 +144,7 @@ class _Opened:
             at_work.write_group(image, stated)
         else:
             at_work.write_file(image, stated)
-        return images.cut()
+        return images.doubts()
 
     def close(self) -> None:
         """Free the engines."""

@@ -199,7 +199,7 @@ def restore(
         ]
         broken = place.write(outputs)
         maps.write(images)
-    _tell(images.cut())
+    _tell(images.doubts())
     _tell_picture(shown.save())
     _tell([] if expected_error is None else [f"expected error: {expected_error}"])
     _say_restored(place, found, broken)
@@ -253,6 +253,7 @@ def classify(
     with counting("planes", sum(map(len, found.series))) as on_plane, images:
         tiles = json_file is not None
         findings, lost = _found(images, shown, on_plane, tiles=tiles)
+    _tell(images.doubts())
     broken = [*found.broken, *lost]
     _tell_picture(shown.save())
     to_output = any(str(target) in STANDARD_OUTPUT for target, _ in wanted)

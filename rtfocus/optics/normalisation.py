@@ -51,6 +51,47 @@ def pad_frame(frame: ArrayLike, multiple_px: int, least_px: int = 0) -> Image:
     return np.pad(pixels, pads, mode="symmetric") if np.any(pads) else pixels
 
 
+BELOW_OFFSET = "below_offset"
+"""Marks a frame whose counts lie below what the camera is said to give in the dark."""
+# Of the offset: noise in the dark leaves the median of no frame below it.
+_DARKEST_MEDIAN = 0.8
+# Along each axis that are looked at: a median needs no more.
+_ENOUGH_PX = 256
+
+
+def told_below(pixels: NDArray[np.generic], offset_counts: float) -> str | None:
+    """Say what is wrong where most of a frame lies below the camera's offset.
+
+    Parameters
+    ----------
+    pixels
+        As the camera or a file gives them, axes (y, x) or (y, x, colour).
+    offset_counts
+        Counts in the dark.
+
+    Returns
+    -------
+    str or None
+        What it means, with the remedy. None: it does not, or there are values below
+        0, as no camera gives; such a frame is lifted to light as a whole.
+    """
+    if offset_counts == 0:
+        return None
+    rows, columns = (-(-side // _ENOUGH_PX) for side in pixels.shape[:2])
+    some = pixels[::rows, ::columns]
+    some = some[np.isfinite(some)]
+    median = float(np.median(some)) if some.size else np.inf
+    if median >= _DARKEST_MEDIAN * offset_counts:
+        return None
+    if pixels.min(where=np.isfinite(pixels), initial=0) < 0:
+        return None
+    return (
+        f"most pixels lie below camera.offset_counts ({offset_counts:g}; their median "
+        f"is {median:g}) and are taken for dark: give the counts of an image taken in "
+        "the dark, 0 where they are subtracted already"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class LocalStandardisation:
     """Subtract the frame's median, divide by the local deviation from it.

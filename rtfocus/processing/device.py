@@ -31,6 +31,7 @@ from rtfocus.frame import (
     Slot,
     TileGrid,
 )
+from rtfocus.optics.normalisation import BELOW_OFFSET, told_below
 from rtfocus.processing.channel_plan import ChannelPlan
 
 Estimated = tuple[Estimate, DefocusMap]
@@ -227,13 +228,14 @@ def result_of(job: Job, restored: NDArray[Any] | None, device: str) -> FrameResu
     estimate, defocus = job.estimated or (None, None)
     if job.expected_error is not None and defocus is not None and "nan" in job.flags:
         forget_unseen(job.expected_error, defocus.grid, job.slot.pixels)
+    below = told_below(job.slot.pixels, job.plan.camera.offset_counts)
     return FrameResult(
         estimate=estimate,
         defocus=None if defocus is None else _stating(job.plan, defocus),
         restored=restored,
         expected_error=job.expected_error,
         skipped=job.skipped,
-        flags=job.flags,
+        flags=job.flags if below is None else (*job.flags, BELOW_OFFSET),
         engines=dict(job.plan.engines),
         stage_ms=job.stage_ms,
         device=device,

@@ -161,6 +161,10 @@ def _of_pixels(facts: RunFacts) -> Iterator[Advice]:
             "have saturated pixels",
             "expose shorter or with less light: what is saturated cannot be restored",
         ),
+        "below_offset": (
+            "lie mostly below camera.offset_counts and are taken for dark",
+            "give the counts of an image taken in the dark; restore RUN/raw.ome.zarr",
+        ),
         "nan": ("have pixels that are no number", "look at the camera's output"),
     }
     for flag, number in facts.flags.items():

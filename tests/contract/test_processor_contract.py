@@ -777,3 +777,16 @@ def test_few_frames_are_normalised_ahead_of_their_estimates(engine_folder, frame
         ).stage_ms.keys()
     assert device.most_views == device.ahead + 2
     processor.close()
+
+
+def test_a_frame_below_the_cameras_offset_is_marked(
+    open_kind, engine_folder, pool, frames
+):
+    config = config_for(engine_folder)
+    camera = config.camera.model_copy(update={"offset_counts": 20_000.0})
+    processor = open_kind(config.model_copy(update={"camera": camera}))
+    processor.start(series_for(), SLOTS)
+    dim = np.minimum(frames[5], 15_000)
+    for n, (pixels, flags) in enumerate([(dim, ("below_offset",)), (dim + 20_000, ())]):
+        ticket = submit(processor, pool, n, pixels)
+        assert ticket.result.result(TIMEOUT_S).flags == flags

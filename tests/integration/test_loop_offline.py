@@ -491,3 +491,46 @@ def test_an_image_that_grows_while_it_is_read_is_named(
     said = failed(ended, ExitCode.INCOMPLETE)
     assert "1 image changed while being read: " in said
     assert output.is_file()
+
+
+@pytest.mark.parametrize("how", ["restore", "classify"])
+@pytest.mark.parametrize("many", [(), ("--scheduler", "local:1")])
+def test_every_image_that_lies_below_the_cameras_offset_is_named(
+    how, many, tmp_path, config_file
+):
+    # A config for 12 bits, used on images of 8: most of their pixels become 0.
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    for n, counts in enumerate([40, 60, 250]):
+        image = (np.clip(specimen(n), 0.2, 1) * counts).astype(np.uint8)
+        tifffile.imwrite(inputs / f"f{n}.tif", np.maximum(image, counts // 2))
+    into = {"restore": "-o", "classify": "--json"}[how]
+    output = tmp_path / ("out.zarr" if how == "restore" else "out.json")
+    told = ("--config", config_file, "--set", "camera.offset_counts=100", *many)
+    ended = command(how, inputs, into, output, *told)
+    succeeded(ended)
+    for n, is_named in enumerate([True, True, False]):
+        line = f"f{n}.tif': most pixels lie below camera.offset_counts (100; "
+        assert (line in ended.err) is is_named
+
+
+def test_a_run_tells_once_of_each_channel_that_lies_below_the_cameras_offset(
+    tmp_path, engine_folder, caplog
+):
+    run = run_loop(small(tmp_path, engine_folder, camera={"offset_counts": 50_000}))
+    told = [one.getMessage() for one in caplog.records if "offset" in one.getMessage()]
+    assert len(told) == 1
+    assert "channel 'default': most pixels lie below camera.offset_counts" in told[0]
+    page = (run.folder / "report.html").read_text("utf-8")
+    assert "8 frames lie mostly below camera.offset_counts" in page
+
+
+def test_python_tells_of_planes_below_the_cameras_offset(caplog):
+    config = rtfocus.Config(camera={"offset_counts": 100})
+    stack = np.stack([(specimen(n) * 200).astype(np.uint8) for n in range(3)])
+    stack = np.clip(stack, 10, [[[60]], [[60]], [[250]]]).astype(np.uint8)
+    stack[2] |= 128
+    rtfocus.restore(stack, optics=OPTICS, config=config)
+    rtfocus.classify(stack[0], optics=OPTICS, config=config)
+    told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert [text.partition(":")[0] for text in told] == ["2 planes", "1 plane"]

@@ -16,6 +16,7 @@ from rtfocus.optics.normalisation import (
     halved,
     mean_product,
     pad_frame,
+    told_below,
 )
 from rtfocus.specimens import draw_specimen
 
@@ -255,3 +256,28 @@ def test_percentiles_are_read_from_as_few_pixels_as_are_enough(height, width, mo
     assert (step + 1) ** 2 * most > frame.size
     seen = frame[::step, ::step]
     assert ranged.fit(frame) == (0, float(seen[-1, -1]) or 1)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "offset", "is_told"),
+    [
+        (np.full((40, 60), 20, np.uint8), 100, True),
+        (np.full((600, 9, 3), 79.0, np.float32), 100, True),
+        (np.full((40, 60), 80, np.uint8), 100, False),
+        # The dark of a noisy camera, half of whose pixels lie below the offset.
+        (np.arange(5, 15, dtype=np.uint8).reshape(2, 5), 10, False),
+        # Fewer than half.
+        (np.repeat(np.uint16([20, 300]), [49, 51])[None], 100, False),
+        # Lifted to light, whatever the offset.
+        (np.int16([[-3, 5, 9, 20]]), 100, False),
+        (np.full((40, 60), 20, np.uint8), 0, False),
+        (np.full((40, 60), np.nan, np.float32), 100, False),
+        (np.float32([[np.nan, 20, 21, 22]]), 100, True),
+    ],
+)
+def test_counts_that_are_mostly_below_the_offset_are_told(pixels, offset, is_told):
+    told = told_below(pixels, offset)
+    assert (told is not None) is is_told
+    if told:
+        assert f"camera.offset_counts ({offset}; their median is " in told
+        assert told.endswith("0 where they are subtracted already")

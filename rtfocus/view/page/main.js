@@ -320,7 +320,7 @@ function showState() {
     n.queues ? ["queues", Object.entries(n.queues).map(([name, [held, most]]) => `${name} ${held}/${most}`).join(", ")] : null,
     ["lost", number ? `${number}: ${Object.entries(lost).map(([place, count]) => `${place} ${count}`).join(", ")}` : "0", number > 0],
     n.camera_lost ? ["by camera", String(n.camera_lost), true] : null,
-    n.flagged ? ["flagged", `${n.flagged} frames with saturated pixels, or pixels that are no number`] : null,
+    n.flagged ? ["flagged", `${n.flagged} frames with saturated pixels, pixels that are no number, or counts below camera.offset_counts`] : null,
     n.time_to_full_s === undefined ? null : ["disk full in", duration(n.time_to_full_s)],
     n.backends && Object.keys(n.backends).length ? ["engines", Object.entries(n.backends).map(([name, what]) => `${name}: ${what}`).join("; ")] : null,
     ["viewers", `${told.viewers}; pictures passed over: ${(n.preview_dropped ?? 0) + told.skipped}`],
