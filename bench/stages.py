@@ -26,6 +26,7 @@ from rtfocus.frame import TileGrid
 from rtfocus.optics.formation import BlurredPlanes
 from rtfocus.processing.camera import CameraCorrection
 from rtfocus.processing.channel_plan import ChannelPlan, ClassifierPlan
+from rtfocus.processing.classify import Conditions
 from rtfocus.processing.cpu.classifier import FrameClassifier, NetworkView
 from rtfocus.processing.cpu.depth_variant import DepthVariantRestorer
 from rtfocus.processing.montage import Montage
@@ -66,17 +67,34 @@ def classifier_plan(found: FoundEngine, shape: tuple[int, int]) -> ClassifierPla
     """Plan an engine for frames of a shape, seen by the optics it was made for."""
     fit = fit_frame(input_of(found.card), shape)
     levels, _ = parts(found.card)
-    return ClassifierPlan(found, fit, step_um=levels.step_um, quantum=1.0)
+    return ClassifierPlan(
+        found,
+        fit,
+        step_um=levels.step_um,
+        quantum=1.0,
+        conditions=conditions_of(found),
+    )
+
+
+def conditions_of(found: FoundEngine) -> Conditions:
+    """Return what an engine is told in the optics it was made for."""
+    optics = parts(found.card)[1].reference
+    return Conditions(found.card, optics, blind=False, signed=False)
 
 
 def bare_openvino(
     found: FoundEngine, prepared: NetworkView, precision: str, threads: int
 ) -> Callable[[], Any]:
-    """Return the least that runs the network: one request on a shared tensor."""
+    """Return the least that runs the network: one request on shared tensors."""
     openvino = import_openvino()
     core = openvino.Core()
     network = core.read_model(verified_file(found.folder, found.card))
-    network.reshape({input_of(found.card).name: list(prepared.tiles.shape)})
+    given = {input_of(found.card).name: prepared.tiles}
+    if found.card.condition is not None:
+        told = conditions_of(found).unknown(len(prepared.tiles))
+        assert told is not None
+        given[found.card.condition.name] = told
+    network.reshape({name: list(tensor.shape) for name, tensor in given.items()})
     options = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": threads,
@@ -85,7 +103,8 @@ def bare_openvino(
         "ENABLE_CPU_PINNING": False,
     }
     request = core.compile_model(network, "CPU", options).create_infer_request()
-    request.set_input_tensor(openvino.Tensor(prepared.tiles, shared_memory=True))
+    for name, tensor in given.items():
+        request.set_tensor(name, openvino.Tensor(tensor, shared_memory=True))
     return request.infer
 
 

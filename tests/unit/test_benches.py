@@ -6,7 +6,11 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from bench import stages
+from rtfocus.engines.registry import find_engine
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/figures/benches.md").read_text("utf-8")
@@ -58,3 +62,12 @@ def test_what_is_no_bench_is_part_of_one():
         )
     }
     assert parts <= used
+
+
+def test_stages_are_timed_of_an_engine_that_is_told_something_beside_pixels():
+    found = find_engine("rtfocus-2")
+    classifier = stages.open_classifier(found, (96, 112), "openvino", "f32", 1)
+    prepared = classifier.prepare(np.ones((96, 112), np.float32))
+    seen = classifier.see(prepared).defocus.level.shape
+    bare = stages.bare_openvino(found, prepared, "f32", 1)()
+    assert seen == bare[found.card.output.name].shape[-2:]
