@@ -363,10 +363,12 @@ def calibrate(
         save_calibration(part, found)
     with guard.whole(picture) as part:
         _draw(part, found, up)
+    play_um = found.backlash_um
     typer.echo(
         f"focus at z {found.focus_um:.2f} um, sharpest at {found.sharpest_um:.2f}; "
-        f"{100 * found.unexplained:.1f} % unexplained; backlash "
-        f"{found.backlash_um:+.2f} um; levels read {found.level_offset_um:+.2f} um + "
+        f"{100 * found.unexplained:.1f} % unexplained; backlash {abs(play_um):.2f} um: "
+        f"focus is at a {'lower' if play_um < 0 else 'higher'} z from above than from "
+        f"below; levels read {found.level_offset_um:+.2f} um + "
         f"{found.level_scale:.2f} x distance; larger z leads {_WAYS[found.direction]} "
         f"by the images, {_WAYS[found.direction_of_core]} by Micro-Manager"
     )
@@ -405,9 +407,7 @@ def _through_focus(
             up = focuser.planes(z_um, unit, lambda share: show(share / 2))
             down = focuser.planes(z_um[::-1], -unit, lambda s: show((1 + s) / 2))
         found = calibrate_focus(
-            comparison,
-            up,
-            down,
+            *(comparison, up, down),
             channel=channel,
             direction_of_core=focuser.direction(),
             not_found=None if verdict.focused else verdict.reason,

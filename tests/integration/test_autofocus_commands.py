@@ -242,9 +242,11 @@ def test_backlash_and_a_reversed_stage_are_measured_and_lived_with(
 ) -> None:
     found, journal = config.with_name("play.yaml"), config.with_name("focus.ndjson")
     faults = ("--set", "microscope.z_stage.backlash_um=2")
-    succeeded(command("calibrate", config, "-o", found, "--reach", "3", *faults))
+    said = succeeded(command("calibrate", config, "-o", found, "--reach", "3", *faults))
     calibration = load_calibration(found)
     # Down, the stage stands 2 um higher than it says.
+    length = f"backlash {-calibration.backlash_um:.2f} um"
+    assert f"{length}: focus is at a lower z from above than from below;" in said
     assert calibration.backlash_um == pytest.approx(-2, abs=0.2 * UNIT_UM)
     assert calibration.focus_um == pytest.approx(4.0, abs=0.2 * UNIT_UM)
     told = read_config(config, [f"autofocus.calibration={found}"]).autofocus
