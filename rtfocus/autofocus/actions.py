@@ -243,8 +243,10 @@ class FocusActions(MDAEngine):
         """Let a place's correction lead to where the stage stands now."""
         if event.z_pos is None:
             return
-        sent_um = event.z_pos + self._others_um(event) + self._added_um(event)
-        self._found.add(key, z_um - sent_um)
+        # What is added by now may be another tile's: this one has had no search before.
+        planned_um = event.z_pos + self._others_um(event)
+        planned_um += self._added_um(event) - self._found.found_um(event)
+        self._found.off_um[key] = z_um - planned_um
 
     def _focus(self, key: Key, searches: int, event: useq.MDAEvent) -> Verdict | None:
         """Search up to so many times; None: it could not even be tried."""

@@ -292,6 +292,39 @@ def test_the_loop_holds_focus_against_a_drift(
     assert moved_um > 0.4 * risen_um
 
 
+def test_tiles_beside_the_one_that_a_plan_focuses_are_held_in_focus(
+    tmp_path: Path,
+) -> None:
+    config = settings(
+        run={"name": "tiles", "folder": str(tmp_path)},
+        acquisition={
+            "mda": {
+                **PLAN,
+                # Planned as if the plate rose by 6 um: a guess for the next tile is far
+                # from its focus, and from where the tile before is corrected to.
+                "stage_positions": [
+                    {"x": 0, "y": 0, "z": 7},
+                    {"x": 300, "y": 0, "z": 1},
+                ],
+                "grid_plan": {"rows": 1, "columns": 2},
+            }
+        },
+        autofocus={"mode": "hold"},
+        store={"restored": False},
+        processing={
+            **{"classifier": "delpnet", "threads": 1, "device": "cpu"},
+            "restoration": {"method": "none"},
+        },
+        transport={"preview": {"endpoint": None}},
+    )
+    folder = app.run(config, stop=threading.Event(), abandon=threading.Event())
+    assert folder is not None
+    planned = [line for line in read_journal(folder) if line.get("role") != "focus"]
+    assert [line["index"]["p"] for line in planned] == [0, 1, 2, 3]
+    for line in planned:
+        assert line["z_um"] == pytest.approx(4.0, abs=0.5 * UNIT_UM)
+
+
 def test_a_live_run_holds_focus_while_frames_go_on(tmp_path: Path) -> None:
     config = settings(
         run={"folder": str(tmp_path), "name": "live"},
