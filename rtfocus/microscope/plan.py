@@ -157,9 +157,7 @@ def lay_out(sequence: useq.MDASequence) -> AcquisitionPlan:
     z_offsets: list[float] = []
     stacks = _Stacks(sequence)
     one, repeats = _time_point(sequence)
-    for event in one:
-        if not takes_image(event):
-            continue
+    for event in filter(takes_image, walked(one)):
         if event.channel is None:
             c = 0
         else:
@@ -212,6 +210,19 @@ def _time_point(
         return sequence, 1
     first = useq.TIntervalLoops(interval=timedelta(0), loops=kept)
     return sequence.replace(time_plan=first), number // kept
+
+
+def walked(sequence: useq.MDASequence) -> Iterator[useq.MDAEvent]:
+    """Yield a plan's events; ConfigError: useq itself fails on the way."""
+    try:
+        yield from sequence
+    except IndexError as error:
+        msg = (
+            "the useq plan asks for focus amid a z-stack of a position's own that is "
+            "longer than the plan's, which useq cannot do; leave z and the axes that "
+            "change within it out of autofocus_plan.axes, or give the plan no z_plan"
+        )
+        raise ConfigError(msg) from error
 
 
 def numbered(events: Iterable[useq.MDAEvent]) -> Iterator[useq.MDAEvent]:
@@ -300,7 +311,7 @@ def image_events(sequence: useq.MDASequence) -> Iterator[useq.MDAEvent]:
     One tile per grid: tiles set up nothing. Two of time points that are all alike.
     """
     some = _without_grids(_time_point(sequence, kept=2)[0])
-    return (event for event in some if takes_image(event))
+    return filter(takes_image, walked(some))
 
 
 def _without_grids(

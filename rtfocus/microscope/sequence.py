@@ -24,6 +24,13 @@ DEEPEST = 64
 _MOST = {"tcgz": (10_000_000, "images"), "g": (100_000, "positions, tiles and points")}
 """Of a plan, by axes: each image's place is held in memory, each position a folder."""
 _MOST_FAULTS = 3
+_PLANS = {
+    "t": "time_plan",
+    "p": "stage_positions",
+    "g": "grid_plan",
+    "c": "channels",
+    "z": "z_plan",
+}
 # Fields whose content is the user's own.
 _FREE = {"metadata"}
 _NEAR = 0.6
@@ -329,12 +336,11 @@ def _keys(kind: Kind) -> dict[str, str | None]:
 
 
 def _ineffective(
-    sequence: useq.MDASequence, path: str, *, has_z: bool = False
+    sequence: useq.MDASequence, path: str, outer: str = "", *, has_z: bool = False
 ) -> Iterator[str]:
     """Say which settings of a valid plan useq or Micro-Manager would not follow."""
-    plans = ("time_plan", "stage_positions", "grid_plan", "channels", "z_plan")
     order = "".join(sequence.axis_order)
-    for axis, name in zip("tpgcz", plans, strict=True):
+    for axis, name in _PLANS.items():
         if getattr(sequence, name) and axis not in order:
             yield (
                 f"{path}.{name} is ignored because '{axis}' is not in axis_order "
@@ -353,12 +359,30 @@ def _ineffective(
                 f"{place}.camera='{channel.camera}' is ignored by Micro-Manager's "
                 "engine; choose the camera in the channel's preset (Core-Camera)"
             )
+    focus, axes = sequence.autofocus_plan, outer + _axes(sequence)
+    if focus is not None and not set(focus.axes) & set(axes):
+        yield (
+            f"{path}.autofocus_plan focuses whenever {' or '.join(focus.axes)} "
+            f"changes, which is never: the plan has {axes or 'no axis'}; give its axes"
+        )
     if not isinstance(sequence.stage_positions, useq.WellPlatePlan):
-        yield from _of_positions(sequence.stage_positions, path, has_z=has_z)
+        yield from _of_positions(sequence.stage_positions, path, axes, has_z=has_z)
+
+
+def _axes(sequence: useq.MDASequence) -> str:
+    """Return the axes that a plan's events are numbered by, and those of positions."""
+    axes = {axis for axis, name in _PLANS.items() if getattr(sequence, name)}
+    positions, stack = sequence.stage_positions, sequence.z_plan
+    if not isinstance(positions, useq.WellPlatePlan):
+        inner = (one.sequence for one in positions if one.sequence is not None)
+        axes.update(*map(_axes, inner))
+    if not positions and stack is not None and stack.is_relative:
+        axes.add("p")  # it is taken at a position: where the stage stands
+    return "".join(axis for axis in sequence.axis_order if axis in axes)
 
 
 def _of_positions(
-    positions: Sequence[useq.Position], path: str, *, has_z: bool
+    positions: Sequence[useq.Position], path: str, axes: str, *, has_z: bool
 ) -> Iterator[str]:
     in_wells = [position.plate_row is not None for position in positions]
     if any(in_wells) and not all(in_wells):
@@ -371,4 +395,5 @@ def _of_positions(
         if (position.plate_row is None) != (position.plate_col is None):
             yield f"{place} has only one of plate_row and plate_col; give both or none"
         if position.sequence is not None:
-            yield from _ineffective(position.sequence, f"{place}.sequence", has_z=has_z)
+            inner = f"{place}.sequence"
+            yield from _ineffective(position.sequence, inner, axes, has_z=has_z)

@@ -14,6 +14,7 @@ from rtfocus.microscope.sequence import read_sequence
 from rtfocus.microscope.series import with_field_of_view
 
 STACK = {"range": 2.0, "step": 1.0}
+TILES = {"rows": 1, "columns": 2}
 EVERY = {"acquire_every": 2}
 ONE, MANY = {"interval": 1, "loops": 1}, {"interval": 0, "loops": 10**9}
 DEEP: dict[str, Any] = {}
@@ -291,6 +292,19 @@ def test_a_plan_without_images_is_refused():
         lay_out(useq.MDASequence())
 
 
+def test_a_plan_that_useq_cannot_walk_through_is_refused():
+    sequence = read_sequence(
+        {
+            "z_plan": {"relative": [1]},
+            "stage_positions": [{"z": 5, "sequence": {"z_plan": STACK}}],
+            "autofocus_plan": {"axes": ["z"]},
+        }
+    )
+    for walk in (lay_out, lambda plan: list(image_events(plan))):
+        with pytest.raises(ConfigError, match="amid a z-stack of a position's own"):
+            walk(sequence)
+
+
 def test_two_images_at_one_place_are_refused():
     # The position's own plan counts its time points from 0 once more.
     film = {"time_plan": {"interval": 0, "loops": 2}}
@@ -364,6 +378,20 @@ def test_two_images_at_one_place_are_refused():
             },
             "x=5.0, y=None is ignored",
         ),
+        (
+            {"channels": ["A"], "autofocus_plan": {"axes": ["p", "g"]}},
+            "mda.autofocus_plan focuses whenever p or g changes, which is never: the "
+            "plan has c",
+        ),
+        (
+            {
+                "channels": ["A"],
+                "stage_positions": [
+                    {"x": 1, "sequence": {"autofocus_plan": {"axes": ["z"]}}}
+                ],
+            },
+            r"\[0\]\.sequence\.autofocus_plan focuses whenever z changes",
+        ),
     ],
 )
 def test_what_would_be_passed_over_in_silence_is_refused(given, said):
@@ -398,6 +426,12 @@ def test_a_value_is_told_by_the_rules_of_the_kind_of_plan_that_was_meant(given, 
         {"channels": [{"config": "A", "z_offset": 3}], "z_plan": {"relative": [0]}},
         {"time_plan": {"phases": [{"interval": 1, "loops": 2}]}, "z_plan": STACK},
         {"setup": {"properties": [["Camera", "Binning", "2"]]}, "channels": ["A"]},
+        # Without a position a relative stack is taken at one.
+        {"z_plan": STACK, "autofocus_plan": {"axes": ["p"]}},
+        {
+            "stage_positions": [{"x": 1, "sequence": {"grid_plan": TILES}}],
+            "autofocus_plan": {"axes": ["g"]},
+        },
     ],
 )
 def test_what_useq_follows_is_taken_and_left_as_it_was_given(given):
