@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +26,7 @@ from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.errors import ConfigError, MicroscopeError, number_of
 from rtfocus.microscope.delivery import image_number
-from rtfocus.microscope.plan import image_events, numbered, takes_image
+from rtfocus.microscope.plan import image_events, left_alone, numbered, takes_image
 from rtfocus.microscope.series import Geometry, camera_geometry, with_field_of_view
 from rtfocus.workers import Wait
 
@@ -66,9 +67,10 @@ class SequenceEngine(MDAEngine):
         yield events
 
     def event_iterator(self, events: Iterable[useq.MDAEvent]) -> Iterator[Any]:
-        """Combine events where possible."""
+        """Combine events where possible: such as set the same, or leave the same."""
         for stack in self.stacks(events):
-            yield from super().event_iterator(stack)
+            for _, alike in groupby(stack, left_alone):
+                yield from super().event_iterator(alike)
 
     def exec_sequenced_event(
         self, event: SequencedEvent
@@ -94,12 +96,11 @@ class SequenceEngine(MDAEngine):
         while True:
             running = core.isSequenceRunning()
             if waiting := core.getRemainingImageCount():
-                image, metadata = core.popNextImageAndMD()
-                number = image_number(dict(metadata))
+                image, tags = core.popNextImageAndMD()
+                number = image_number(dict(tags))
                 own = event.events[count if number is None else number]
-                left = waiting - 1
                 signal = yield self._create_seqimg_payload_from_popped(
-                    image, metadata, own, channel=0, event_t0=t0_ms, remaining=left
+                    image, tags, own, channel=0, event_t0=t0_ms, remaining=waiting - 1
                 )
                 count += 1
                 # Only now: until here it was the consumer that took its time.

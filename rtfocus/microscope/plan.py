@@ -234,6 +234,15 @@ def numbered(events: Iterable[useq.MDAEvent]) -> Iterator[useq.MDAEvent]:
         ordinal += takes_image(event)
 
 
+def left_alone(event: useq.MDAEvent) -> tuple[bool, ...]:
+    """Tell what an event does not set: z, x, y, exposure.
+
+    pymmcore-plus fails where such an event is to follow one that sets it in hardware.
+    """
+    places = (event.z_pos, event.x_pos, event.y_pos, event.exposure)
+    return tuple(place is None for place in places)
+
+
 def takes_image(event: useq.MDAEvent) -> bool:
     """Tell images from autofocus and custom actions."""
     return event.action is None or isinstance(event.action, useq.AcquireImage)

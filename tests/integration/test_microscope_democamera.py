@@ -362,6 +362,8 @@ def test_every_slice_is_taken_where_the_plan_says(properties):
         ([SITE], [CHANNEL], {"range": 2, "step": 1, "go_up": False}, [101, 100, 99]),
         ([SITE], [CHANNEL], {"relative": [-5, 0, 1, 10]}, [95, 100, 101, 110]),
         ([SITE], [CHANNEL], {"range": 0, "step": 0}, [100]),
+        # A position without z is taken where the stage stands.
+        ([SITE, {"x": 0, "y": 0}, {**SITE, "z": 90}], [CHANNEL], None, [100, 100, 90]),
     ]
     with open_core(democamera({}, properties=properties)) as core:
         for positions, channels, stack, heights_um in plans:
