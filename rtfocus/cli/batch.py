@@ -41,7 +41,7 @@ SchedulerOption = Annotated[
         "--scheduler",
         metavar="ADDRESS|local[:N]",
         rich_help_panel="Many processes",
-        help="dask.distributed: a scheduler, or N processes here.",
+        help="Address of a dask scheduler, or N processes on this computer.",
     ),
 ]
 ResourcesOption = Annotated[
@@ -50,7 +50,7 @@ ResourcesOption = Annotated[
         "--resources",
         metavar="NAME=N",
         rich_help_panel="Many processes",
-        help="What an image needs of a worker, as workers were started with: GPU=1.",
+        help="What a worker must have been started with, such as GPU=1.",
     ),
 ]
 WaitOption = Annotated[
@@ -60,7 +60,7 @@ WaitOption = Annotated[
         metavar="SECONDS",
         min=0,
         rich_help_panel="Many processes",
-        help="How long to wait for a worker where there is none, or none any more.",
+        help="How long to wait while there is no worker.",
     ),
 ]
 InitOption = Annotated[
@@ -77,7 +77,7 @@ UnitOption = Annotated[
         "--unit",
         metavar="K/N",
         rich_help_panel="Many processes",
-        help="Job arrays: the K-th, from 1, of N parts of what was planned.",
+        help="Job arrays: do part K, from 1, of N parts of the plan.",
     ),
 ]
 FinishOption = Annotated[

@@ -48,8 +48,7 @@ COMMANDS = {
     ),
     "init": LazyCommand(
         "init",
-        "Write a first config: ask the Micro-Manager core what is there, and you the "
-        "rest.",
+        "Write a first config from what Micro-Manager finds and what you answer.",
     ),
     "run": LazyCommand(
         "live", "Acquire, find defocus, restore and record, all on this machine."
@@ -65,25 +64,25 @@ COMMANDS = {
         "live", "Show a run in the browser: live, while it is written, or afterwards."
     ),
     "autofocus": LazyCommand(
-        "live", "Find focus by the images of the microscope itself, or hold it."
+        "live", "Find focus with the camera's own images, or hold it."
     ),
     "calibrate": LazyCommand(
         "psf", "Check autofocus against a z-stack through focus, up and down again."
     ),
     "keys": LazyCommand(
         "commands",
-        "Make CURVE keys that encrypt the connection and name who may connect.",
+        "Make CURVE keys: they encrypt the connection and say who may connect.",
     ),
     "restore": LazyCommand(
-        "offline", "Restore what is out of focus in images, as a live run does."
+        "offline", "Restore what is out of focus in image files, as a live run does."
     ),
-    "classify": LazyCommand("offline", "Estimate the defocus of images, tile by tile."),
+    "classify": LazyCommand("offline", "Find the defocus of images, tile by tile."),
     "check": LazyCommand(
         "runs",
-        "Validate a run folder: stores, journal, and that no frame is unaccounted for.",
+        "Check that a run folder is sound and that every frame is accounted for.",
     ),
     "report": LazyCommand(
-        "runs", "Make the page of a run anew from its folder: report.html, one file."
+        "runs", "Write the page of a run, report.html, again from its folder."
     ),
     "doctor": LazyCommand(
         "init", "Show what this machine has, what is missing, and the remedy."
@@ -94,22 +93,20 @@ COMMANDS = {
     ),
     "train": LazyCommand(
         "train",
-        "Train an engine from a recipe, or from your own images; resumable after a "
-        "kill.",
+        "Train an engine by a recipe, or on your own images; continues after a kill.",
     ),
     "export": LazyCommand(
         "runs", "Export a run for other programs, or a checkpoint as an engine folder."
     ),
-    "psf": LazyCommand("psf", "The microscope's own PSF."),
+    "psf": LazyCommand("psf", "Measure your microscope's PSF."),
     "evaluate": LazyCommand(
         "train",
-        "Measure engines side by side: quality, levels, cost; tables and pictures.",
+        "Compare engines side by side: quality, levels, cost; tables and pictures.",
     ),
     "kernels": LazyCommand("psf", "Extract the blur kernel of every tile of an image."),
     "engines": LazyCommand(
         "engines",
-        "List the engines that configs can name, look at one, add one, build GPU "
-        "plans.",
+        "List the engines, look at one, add or share one, build GPU plans.",
     ),
 }
 
@@ -236,7 +233,7 @@ def _options(
         False,
         "--debug",
         envvar=DEBUG_VARIABLE,
-        help="Show where an error came from: its traceback.",
+        help="Show the traceback of an error.",
     ),
 ) -> None:
     if debug:
@@ -256,7 +253,7 @@ def _options(
 ConfigArgument = Annotated[
     str,
     typer.Argument(
-        metavar="CONFIG", help="YAML file, or the name of a shipped config: demo ..."
+        metavar="CONFIG", help="YAML file, or a shipped config by name, such as demo."
     ),
 ]
 SetOption = Annotated[
@@ -279,7 +276,7 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         metavar="CONFIG",
-        help="Optics, camera and engines; default: the optics that the file states.",
+        help="Config with optics, camera and engines; default: as the file states.",
     ),
 ]
 OverwriteOption = Annotated[
@@ -384,7 +381,7 @@ def _hanging(first: str, text: str, width: int) -> str:
 
 @_configs.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="Of a shipped config.")],
+    name: Annotated[str, typer.Argument(help="Name of a shipped config.")],
     target: Annotated[
         Path | None, typer.Argument(help="File to write; without it NAME.yaml here.")
     ] = None,
@@ -432,7 +429,7 @@ def keys(
         Path, typer.Argument(metavar="NAME", help="Folder to make, with the keys.")
     ],
 ) -> None:
-    """Make CURVE keys that encrypt the connection and name who may connect.
+    """Make CURVE keys: they encrypt the connection and say who may connect.
 
     Existing keys are never replaced.
 

@@ -61,9 +61,9 @@ def demo(
 ) -> None:
     """Show the whole loop without a microscope: stores, report and a picture.
 
-    A virtual microscope with a tilted specimen that drifts runs in Micro-Manager's
-    core; its frames go over ZeroMQ to the processor like any other, and rtfocus holds
-    the left edge in focus. A demo of before is replaced, no other run.
+    A virtual microscope with a tilted, drifting specimen runs in Micro-Manager's core.
+    Its frames go over ZeroMQ to the processor like any other, and rtfocus holds the
+    left edge in focus. An earlier demo is replaced, no other run.
 
     [bold]Example:[/] rtfocus demo --folder runs
     """

@@ -153,7 +153,7 @@ def add_to(commands: typer.Typer) -> None:
 
 FolderOption = Annotated[
     list[Path] | None,
-    typer.Option("--folder", metavar="FOLDER", help="Of more engines; repeatable."),
+    typer.Option("--folder", metavar="FOLDER", help="With more engines; repeatable."),
 ]
 
 NameOption = Annotated[
@@ -164,7 +164,7 @@ NameOption = Annotated[
 
 @app.callback()
 def engines(context: typer.Context) -> None:
-    """List the engines that configs can name, look at one, add one, build GPU plans.
+    """List the engines, look at one, add or share one, build GPU plans.
 
     [bold]Example:[/] rtfocus engines
     """
@@ -205,7 +205,7 @@ def info(
 ) -> None:
     """Show what an engine is, check its files, and say where it can run.
 
-    Exits with 1 when a weights file is not what the card says.
+    The exit code is 1 if a weights file is not what the card says.
 
     [bold]Example:[/] rtfocus engines info delpnet --config demo
     """
@@ -283,7 +283,7 @@ def export_model(
         Path, typer.Option("--output", "-o", help="Model package to write, a .zip.")
     ],
     author: Annotated[
-        list[str], typer.Option(metavar="NAME", help="Of the weights; repeatable.")
+        list[str], typer.Option(metavar="NAME", help="Who made it; repeatable.")
     ],
     cite: Annotated[
         str, typer.Option(help="DOI (10....) or address (https://...) to cite.")
@@ -330,7 +330,7 @@ def build(
     capability: Annotated[
         str | None,
         typer.Option(
-            metavar="M.N", help="Without that GPU at hand (tensorrt_rtx): e.g. 8.6."
+            metavar="M.N", help="For a GPU that is not here (tensorrt_rtx): e.g. 8.6."
         ),
     ] = None,
     frame: Annotated[
@@ -338,18 +338,18 @@ def build(
     ] = "2048x2048",
     tiles_per_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="tiles_per_batch in processing.gpu of the run."),
+        typer.Option(min=1, help="As processing.gpu.tiles_per_batch of the run."),
     ] = None,
     tf32: Annotated[
         bool, typer.Option(help="Let fp32 products round to 10 bits, which is faster.")
     ] = True,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Also if the cache has the plan.")
+        bool, typer.Option("--rebuild", help="Even if the cache has the plan.")
     ] = False,
 ) -> None:
     """Build the GPU plan of an engine; a run would do so at its first start.
 
-    TensorRT for RTX needs no GPU for it.
+    With TensorRT for RTX this needs no GPU.
 
     [bold]Example:[/] rtfocus engines build delpnet --precision fp32 --frame 2048x2048
     """

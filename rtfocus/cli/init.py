@@ -45,7 +45,7 @@ def add_to(app: typer.Typer) -> None:
 def doctor() -> None:
     """Show what this machine has, what is missing, and the remedy.
 
-    Exits with 1 when something that rtfocus needs is missing.
+    The exit code is 1 if something that rtfocus needs is missing.
 
     [bold]Example:[/] rtfocus doctor
     """
@@ -172,20 +172,20 @@ def init(
         Path | None,
         typer.Option(
             "--mm-config",
-            help="Micro-Manager's .cfg; without it the demo's with its DemoCamera.",
+            help="Micro-Manager's .cfg; default: its demo with the DemoCamera.",
         ),
     ] = None,
     adapters: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FOLDER", help="Of Micro-Manager; repeatable."),
+        typer.Option(metavar="FOLDER", help="Of device adapters; repeatable."),
     ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Ask nothing: take what the core says.")
     ] = False,
 ) -> None:
-    """Write a first config: ask the Micro-Manager core what is there, and you the rest.
+    """Write a first config from what Micro-Manager finds and what you answer.
 
-    Loads the devices and moves none. A config that is there is kept.
+    Loads the devices and moves none. An existing file is never replaced.
 
     [bold]Example:[/] rtfocus init my_microscope.yaml --mm-config MMConfig.cfg
     """

@@ -59,15 +59,17 @@ def view(
         ),
     ] = "tcp://127.0.0.1:5573",
     host: Annotated[
-        str, typer.Option(help="Address to listen at; beyond this machine: a token.")
+        str, typer.Option(help="Address to serve; beyond this computer with a token.")
     ] = "127.0.0.1",
     port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help=f"Port; {PORT}, or a free one."),
+        typer.Option(min=0, max=65535, help=f"Port; default: {PORT}, or a free one."),
     ] = None,
     keys: Annotated[
         Path | None,
-        typer.Option("--keys", help="Folder of CURVE keys, as transport.curve_keys."),
+        typer.Option(
+            "--keys", help="Folder with CURVE keys, see transport.curve_keys."
+        ),
     ] = None,
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the page in the browser.")
@@ -76,7 +78,7 @@ def view(
 ) -> None:
     """Show a run in the browser: live, while it is written, or afterwards.
 
-    It only looks; a recording is never slowed. Ctrl-C ends it.
+    It only displays and never slows a recording. Ctrl-C ends it.
 
     [bold]Example:[/] rtfocus view runs/demo.rtfocus
     """
@@ -183,7 +185,7 @@ def run(
     """Acquire, find defocus, restore and record, all on this machine.
 
     Ctrl-C ends the acquisition; what was acquired is still processed and written.
-    Exits with 0 only if every planned frame is written, with 5 if some are not.
+    The exit code is 0 only if every planned frame is written, 5 if some are not.
 
     [bold]Example:[/] rtfocus run democamera --set run.folder=D:/data
     """
@@ -262,15 +264,15 @@ def process(
         bool,
         typer.Option(
             "--once",
-            help="Leave after one series, or when no microscope side answers.",
+            help="End after one series, or when no microscope side answers.",
         ),
     ] = False,
     stop_on_end_of_input: StopOnEndOfInput = False,
 ) -> None:
     """Receive, find defocus, restore and record: the processor side alone.
 
-    It waits for ever for the next series, and for a microscope side that went
-    silent, until Ctrl-C.
+    Stays until Ctrl-C: it waits for the next series, and for a microscope side that
+    went silent.
 
     [bold]Example:[/] rtfocus process my.yaml --set transport.frames=tcp://scope:5571
     """
@@ -371,20 +373,20 @@ def autofocus(
     interval_s: Annotated[
         float | None,
         typer.Option(
-            "--interval", min=0.0, help="--hold: seconds between images; default: 1."
+            "--interval", min=0.0, help="Hold: seconds between images; default: 1."
         ),
     ] = None,
     images: Annotated[
-        int | None, typer.Option("--images", min=1, help="--hold: end after so many.")
+        int | None, typer.Option("--images", min=1, help="Hold: end after so many.")
     ] = None,
     journal: Annotated[
-        Path | None, typer.Option("--journal", help="Append every decision: NDJSON.")
+        Path | None, typer.Option("--journal", help="Append every decision, as NDJSON.")
     ] = None,
 ) -> None:
-    """Find focus by the images of the microscope itself, or hold it.
+    """Find focus with the camera's own images, or hold it.
 
-    The stage never leaves autofocus.low_um to high_um. Exits with 1 where focus was not
-    found; the stage then stands at the sharpest z that was seen.
+    The stage stays between autofocus.low_um and high_um. If focus was not found, the
+    exit code is 1 and the stage stands at the sharpest z that was seen.
 
     [bold]Example:[/] rtfocus autofocus my.yaml --set autofocus.high_um=4200
     """

@@ -62,8 +62,8 @@ OpticsOption = Annotated[
     typer.Option(
         "--optics",
         metavar="OPTICS",
-        help="NA=, wavelength= (nm) and pixel= (um) with commas between, or a file of "
-        "[bold]rtfocus psf fit[/]; what is left out comes from the image file.",
+        help="NA=, wavelength= (nm) and pixel= (um), separated by commas, or a file of "
+        "[bold]rtfocus psf fit[/]; what you leave out comes from the image file.",
     ),
 ]
 PictureOption = Annotated[
@@ -71,7 +71,7 @@ PictureOption = Annotated[
     typer.Option(
         "--picture",
         metavar="FILE.png",
-        help="Show the first plane of up to four images, and what was found, as a PNG.",
+        help="Draw the first plane of up to four images, with the result, as a PNG.",
     ),
 ]
 ErrorOption = Annotated[
@@ -79,20 +79,20 @@ ErrorOption = Annotated[
     typer.Option(
         "--expected-error",
         metavar="OUTPUT",
-        help="Write the error that is expected to be left here, a float32 pixel per "
-        "tile, in counts; as --output. For rtfocus-2, blind, in one orientation.",
+        help="Also write the error expected to be left, in counts: a float32 pixel per "
+        "tile, named as --output. Only rtfocus-2, blind, in one orientation.",
     ),
 ]
 JsonOption = Annotated[
     Path | None,
-    typer.Option("--json", help="Write the full result here; - is the output."),
+    typer.Option("--json", help="Write the full result; - is standard output."),
 ]
 CsvOption = Annotated[
     Path | None,
     typer.Option(
         "--csv",
         metavar="FILE.csv",
-        help="Write a table here, a row per plane; - is the output.",
+        help="Write a table, a row per plane; - is standard output.",
     ),
 ]
 
@@ -110,24 +110,23 @@ def restore(
         typer.Option(
             "--output",
             "-o",
-            help="By its ending: .tif / .ome.tif, .ome.zarr, or a folder of TIFFs. "
-            "Not needed for a run folder, whose unrestored frames are then completed.",
+            help="What to write, by its ending: .tif, .ome.tif, .ome.zarr, none for a "
+            "folder of TIFFs. Without it, a run folder gets its unrestored frames.",
         ),
     ] = None,
     engine: Annotated[
         str | None,
         typer.Option(
-            help="wiener, richardson_lucy, another built-in method, or a restorer or "
-            "joint engine by name. Default: wiener, and rtfocus-2 where the optics are "
-            "unknown."
+            help="Built-in method, such as wiener or richardson_lucy, or an engine "
+            "that restores. Default: wiener, or rtfocus-2 if the optics are unknown."
         ),
     ] = None,
     orientations: Annotated[
         int | None,
         typer.Option(
             metavar="[1|2|4|8]",
-            help="Restore so many turned and mirrored copies and take their mean: for "
-            "networks; better, and takes as many times as long.",
+            help="Networks: restore so many turned and mirrored copies and take their "
+            "mean; better, and as many times slower.",
         ),
     ] = None,
     optics: OpticsOption = None,
@@ -149,7 +148,7 @@ def restore(
     unit: UnitOption = None,
     finish: FinishOption = False,
 ) -> None:
-    """Restore what is out of focus in images, as a live run does.
+    """Restore what is out of focus in image files, as a live run does.
 
     Plane by plane; what is in focus stays as it is.
 
@@ -210,7 +209,7 @@ def classify(
     path: InputArgument,
     json_file: JsonOption = None,
     csv_file: CsvOption = None,
-    engine: Annotated[str | None, typer.Option(help="Classifier engine.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Engine that finds it.")] = None,
     optics: OpticsOption = None,
     picture: PictureOption = None,
     config: ConfigOption = None,
@@ -223,7 +222,7 @@ def classify(
     unit: UnitOption = None,
     finish: FinishOption = False,
 ) -> None:
-    """Estimate the defocus of images, tile by tile.
+    """Find the defocus of images, tile by tile.
 
     [bold]Example:[/] rtfocus classify stack.tif --json defocus.json
 

@@ -60,7 +60,7 @@ from rtfocus.report.pictures import draw_kernels
 
 commands = typer.Typer(
     name="psf",
-    help="The microscope's own PSF.\n\n[bold]Example:[/] rtfocus psf fit --help",
+    help="Measure your microscope's PSF.\n\n[bold]Example:[/] rtfocus psf fit --help",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -102,14 +102,14 @@ def fit(
         float | None, typer.Option(help="Emission wavelength.")
     ] = None,
     pixel_size_um: Annotated[
-        float | None, typer.Option(help="In the specimen; default: what files say.")
+        float | None, typer.Option(help="In the specimen; default: as the files say.")
     ] = None,
     refractive_index: Annotated[
-        float, typer.Option(help="Of the immersion medium.")
+        float, typer.Option(help="Refractive index of the immersion.")
     ] = 1.0,
     config: Annotated[
         str | None,
-        typer.Option(metavar="CONFIG", help="Nominal optics from a config instead."),
+        typer.Option(metavar="CONFIG", help="Config with the nominal optics."),
     ] = None,
     channel: Annotated[
         str | None,
@@ -119,7 +119,7 @@ def fit(
     ] = None,
     defocus_um: Annotated[
         float | None,
-        typer.Option(help="Pairs: nominal defocus; positive = too far."),
+        typer.Option(help="Pairs: nominal defocus; positive: too far."),
     ] = None,
     exact_defocus: Annotated[
         bool,
@@ -130,18 +130,18 @@ def fit(
     ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Pairs: names to take; repeatable."),
+        typer.Option(metavar="PATTERN", help="Pairs: take only these; repeatable."),
     ] = None,
     most_pairs: Annotated[int, typer.Option(min=1, help="Pairs used at most.")] = 6,
     step_um: Annotated[
-        float | None, typer.Option(help="Stacks: distance of planes.")
+        float | None, typer.Option(help="Stacks: distance between planes.")
     ] = None,
     z_csv: Annotated[
         Path | None, typer.Option(help="Stacks: file with one z in um per plane.")
     ] = None,
     z_increases: Annotated[
         Literal["away", "nearer"],
-        typer.Option(help="Stacks: where the specimen goes, seen from the objective."),
+        typer.Option(help="Stacks: from plane to plane, does the specimen go away?"),
     ] = "away",
     channel_index: Annotated[
         int, typer.Option(min=0, help="Stacks: which channel of the file.")
@@ -250,7 +250,7 @@ def kernels(
         str, typer.Option(help="Engine with a kernel output.")
     ] = "wei_unet",
     classifier: Annotated[
-        str | None, typer.Option(help="Engine that tells it the level of every tile.")
+        str | None, typer.Option(help="Engine that finds the level of every tile.")
     ] = None,
     plane: Annotated[
         int, typer.Option(min=0, help="Which plane of the input, in file order.")
@@ -333,7 +333,7 @@ def calibrate(
         ),
     ] = None,
     reach: Annotated[
-        float, typer.Option(min=1.0, max=8.0, help="Depths of field on either side.")
+        float, typer.Option(min=1.0, max=8.0, help="Depths of field to either side.")
     ] = 4.0,
     overwrite: OverwriteOption = False,
     step: Annotated[
@@ -342,8 +342,8 @@ def calibrate(
 ) -> None:
     """Check autofocus against a z-stack through focus, up and down again.
 
-    Writes a file for autofocus.calibration and a plot beside it. Exits with 1 where
-    the optics cannot be trusted; searches then check every answer on both sides.
+    Writes a file for autofocus.calibration and a plot beside it. If the optics cannot
+    be trusted, the exit code is 1; searches then look at both sides of focus.
 
     [bold]Example:[/] rtfocus calibrate my.yaml -o focus_20x.yaml
     """

@@ -73,7 +73,7 @@ def add_to(app: typer.Typer) -> None:
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder, NAME.rtfocus.")],
 ) -> None:
-    """Make the page of a run anew from its folder: report.html, one file.
+    """Write the page of a run, report.html, again from its folder.
 
     Works on a run that was cut off, and on one that is being recorded.
 
@@ -177,11 +177,10 @@ def check(
         bool, typer.Option("--repair", help="Finish a run that was cut off.")
     ] = False,
 ) -> None:
-    """Validate a run folder: stores, journal, and that no frame is unaccounted for.
+    """Check that a run folder is sound and that every frame is accounted for.
 
-    Exits with 1 when something is wrong, with 4 when it is no run folder, with 5 when
-    all is sound but there are fewer frames than planned, with 7 when the run is being
-    written.
+    Exit codes: 0 sound and complete, 1 something is wrong, 4 no run folder, 5 sound
+    but fewer frames than planned, 7 being written.
 
     [bold]Example:[/] rtfocus check runs/demo.rtfocus --repair
     """
@@ -222,26 +221,26 @@ def export(
         typer.Option(
             "--output",
             "-o",
-            help="Of a run, by its ending: .ome.tif, .ome.zarr, .csv for the table of "
-            "its frames, or a folder of OME-TIFFs. Of a checkpoint: the engine folder.",
+            help="Run: .ome.tif, .ome.zarr, .csv (table of frames), or no ending: a "
+            "folder of OME-TIFFs. Checkpoint: the engine folder.",
         ),
     ],
     image: Annotated[
         list[ImageChoice] | None,
         typer.Option(
             metavar="raw|restored|defocus|deviation|expected_error",
-            help="Run: what to export; repeatable. Default: all it has.",
+            help="Run: what to export; repeatable. Default: everything.",
         ),
     ] = None,
     zarr_version: Annotated[
-        Literal["0.5", "0.4"], typer.Option(help="Run: version of an OME-Zarr.")
+        Literal["0.5", "0.4"], typer.Option(help="Run: version of OME-Zarr.")
     ] = "0.5",
     mean_with: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="CHECKPOINT|ENGINE",
-            help="Checkpoint: another one of the network; repeatable; export the mean "
-            "of all.",
+            help="Checkpoint: export the mean with another one of the same network; "
+            "repeatable.",
         ),
     ] = None,
     half_weights: Annotated[
@@ -254,16 +253,16 @@ def export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Checkpoint: files to write, fp32, fp16, int8, by commas. "
-            "Default: fp32."
+            help="Checkpoint: files to write, of fp32, fp16, int8, separated by "
+            "commas. Default: fp32."
         ),
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Export a run for other programs, or a checkpoint as an engine folder.
 
-    A run becomes OME-TIFF or plain OME-Zarr, unsharded and with a
-    pyramid; its frames with their defocus become a table.
+    A run becomes OME-TIFF, OME-Zarr without shards and with a pyramid, or a table of
+    its frames with their defocus.
 
     [bold]Example:[/] rtfocus export runs/day1.rtfocus -o day1.ome.tif
 

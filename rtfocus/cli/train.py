@@ -60,39 +60,41 @@ def train(
         str | None, typer.Argument(help="Recipe YAML, or the name of a shipped one.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Go on from the newest checkpoint, if there is one.")
+        bool, typer.Option(help="Continue from the newest checkpoint, if there is one.")
     ] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     workers: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Cores that work beside each other; the weights are the same.",
+            help="Cores to use; the weights are the same with any number.",
         ),
     ] = 0,
     optics: Annotated[
         str | None,
         typer.Option(
             help="Your optics: a file of [bold]rtfocus psf fit[/], or NA=, "
-            "wavelength= and pixel= with commas between; with --own or --images."
+            "wavelength= and pixel=, separated by commas; with --own or --images."
         ),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of your own sharp images.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of a run on your own optics.")
+        str | None, typer.Option(help="Name of a training with your own optics.")
     ] = None,
     own: Annotated[
         Path | None,
         typer.Option(
-            help="In place of a recipe: your sharp fields or z-stacks; they become a "
-            "checked engine."
+            help="Instead of a recipe: folder of your sharp fields or z-stacks, which "
+            "become a checked engine."
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="With --own: folder and name of it."),
+        typer.Option(
+            "--output", "-o", help="With --own: folder and name of the engine."
+        ),
     ] = None,
     channel: Annotated[
         str | None, typer.Option(help="With --own: channel by name or number.")
@@ -101,7 +103,7 @@ def train(
         float, typer.Option(help="With --own: how long to train.")
     ] = 20.0,
 ) -> None:
-    """Train an engine from a recipe, or from your own images; resumable after a kill.
+    """Train an engine by a recipe, or on your own images; continues after a kill.
 
     [bold]Example:[/] rtfocus train train_delpnet
 
@@ -207,7 +209,7 @@ def evaluate(
     optics: Annotated[
         str | None,
         typer.Option(
-            metavar="CONFIG", help="Config with optics and camera of a folder."
+            metavar="CONFIG", help="Config with optics and camera of a data folder."
         ),
     ] = None,
     channel: Annotated[
@@ -218,14 +220,14 @@ def evaluate(
     ] = "delpnet",
     data_folder: Annotated[
         Path | None,
-        typer.Option(envvar=DATA_VARIABLE, help="Where the published images lie."),
+        typer.Option(envvar=DATA_VARIABLE, help="Folder with the published images."),
     ] = None,
     engine_folder: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FOLDER", help="Of more engines; repeatable."),
+        typer.Option(metavar="FOLDER", help="Folder with more engines; repeatable."),
     ] = None,
     threads: Annotated[
-        int, typer.Option(min=1, help="Of networks and Fourier transforms.")
+        int, typer.Option(min=1, help="Threads of networks and Fourier transforms.")
     ] = 1,
     precision: Annotated[
         str, typer.Option(help="auto, f32, bf16, fp16 or int8, as in a config.")
@@ -235,7 +237,7 @@ def evaluate(
     resources: ResourcesOption = None,
     wait_workers: WaitOption = WORKERS_S,
 ) -> None:
-    """Measure engines side by side: quality, levels, cost; tables and pictures.
+    """Compare engines side by side: quality, levels, cost; tables and pictures.
 
     [bold]Example:[/] rtfocus evaluate delpnet wiener richardson_lucy
     --data bbbc006_pairs --data-folder images -o evaluation
