@@ -150,10 +150,10 @@ class FocusActions(MDAEngine):
 
     def _most_searches(self, event: useq.MDAEvent) -> int:
         """Return how often a search that failed is tried in all."""
-        asked = self.focuser.config.max_retries
-        if asked is None:
-            asked = getattr(event.action, "max_retries", 1) or 1
-        return max(1, int(asked))
+        retries = self.focuser.config.max_retries
+        if retries is None:
+            retries = getattr(event.action, "max_retries", 1) or 1
+        return max(1, int(retries))
 
     def get_frame_metadata(
         self,
@@ -217,13 +217,13 @@ class FocusActions(MDAEngine):
         if event.z_pos is None:
             return []
         now_s = RUN_CLOCK.now_s()
-        found = []
+        sites = []
         for key, site in self._found.sites.items():
             off_um = self._found.off_um.get(key, 0.0)
             if self.holder is not None and self.holder.knows(site.place):
                 off_um = self.holder.focus_um(site.place, now_s) - site.planned_um
-            found.append(site._replace(off_um=off_um))
-        return found
+            sites.append(site._replace(off_um=off_um))
+        return sites
 
     def _take_over(self, verdict: Verdict, event: useq.MDAEvent, key: Key) -> None:
         """Take over what a search found; `event` is that of its images."""
@@ -288,9 +288,9 @@ class FocusActions(MDAEngine):
 
     def _ready_channel(self, event: useq.MDAEvent) -> str | None:
         """Return the channel that is set up and tells focus; None: it is not."""
-        wanted = self.focuser.config.focus_channel
+        channel = self.focuser.config.focus_channel
         present = None if event.channel is None else event.channel.config
-        return present if wanted in (None, present) else None
+        return present if channel in (None, present) else None
 
     def _is_canceled(self) -> bool:
         """Tell whether somebody wants the end of the plan."""

@@ -123,12 +123,12 @@ def change(one: Floats, two: Floats, noise: float) -> float:
     weight = FREQUENCIES**2
     bands = [(each**2 * weight).reshape(-1, 8).sum(axis=1) for each in (one, two)]
     of_noise = noise**2 * weight.reshape(-1, 8).sum(axis=1)
-    seen = np.maximum(*bands) > of_noise
-    if not seen.any():
+    above_noise = np.maximum(*bands) > of_noise
+    if not above_noise.any():
         return 0.0
     away = np.abs(np.sqrt(bands[0]) - np.sqrt(bands[1]))
     share = away / np.sqrt((bands[0] + bands[1]) / 2 + of_noise)
-    return float(share[seen].max())
+    return float(share[above_noise].max())
 
 
 def _cut(
@@ -189,8 +189,8 @@ class Transfer:
 
     def __init__(self, table: Floats, sampling: float, aperture: float = 1.0) -> None:
         columns = np.linspace(0.0, _TABLE_HIGHEST, _PLACES)
-        wanted = FREQUENCIES / sampling / aperture
-        self._rings = np.stack([np.interp(wanted, columns, line) for line in table])
+        scaled = FREQUENCIES / sampling / aperture
+        self._rings = np.stack([np.interp(scaled, columns, line) for line in table])
         self._rows_per_unit = aperture**2 / _TABLE_STEP
 
     def amplitudes(self, defocus: Floats, *, kept: bool = False) -> Floats:
@@ -212,11 +212,11 @@ class Transfer:
         row = np.clip(defocus * self._rows_per_unit + last / 2, 0, last - 1e-3)
         low = row.astype(np.int64)
         share = (row - low)[..., None]
-        found = self._rings[low] * (1 - share) + self._rings[low + 1] * share
+        amplitudes = self._rings[low] * (1 - share) + self._rings[low + 1] * share
         if kept:
             near = np.clip(1.0 - np.abs(defocus) / FOCUS_WIDTH, 0.0, 1.0)[..., None]
-            found = found * (1 - near) + near
-        return np.asarray(found)
+            amplitudes = amplitudes * (1 - near) + near
+        return np.asarray(amplitudes)
 
 
 def modulation_table(optics: OpticalSystem, *, extra_waves: float = 0.0) -> Floats:
@@ -303,8 +303,8 @@ class DefocusModels:
                 price = 0.5 * (extra / _WAVES_SD) ** 2
                 price += 0.5 * ((aperture - 1.0) / _APERTURE_SD) ** 2
                 for spread, (turn, turned) in product(_SPREADS, turns):
-                    seen = np.sqrt(_spread_out(power, spread))
-                    curves.append(np.log(np.maximum(seen, _LEAST_MODULATION))[::turn])
+                    curve = np.sqrt(_spread_out(power, spread))
+                    curves.append(np.log(np.maximum(curve, _LEAST_MODULATION))[::turn])
                     prices.append(price + turned)
         self.curves = np.array(curves)
         """Axes (model, defocus, ring)."""
@@ -368,10 +368,10 @@ class Appearance:
             "nr,nk->rnk", own, np.eye(len(own))
         )
         self._inverse = np.linalg.inv(covariance)
-        rest = amplitude[None] - self.models.at(self._places, every)
-        pull = np.einsum("rnk,mkr->mnr", self._inverse, rest)
+        residual = amplitude[None] - self.models.at(self._places, every)
+        pull = np.einsum("rnk,mkr->mnr", self._inverse, residual)
         share = _INDEPENDENT / amplitude.shape[1]
-        evidence = -0.5 * share * np.einsum("mnr,mnr->m", rest, pull)
+        evidence = -0.5 * share * np.einsum("mnr,mnr->m", residual, pull)
         evidence -= self.models.prices
         self._likely = np.flatnonzero(evidence > evidence.max() - _HOPELESS)
         self._evidence = evidence[self._likely]

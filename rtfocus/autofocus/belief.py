@@ -86,12 +86,12 @@ class Belief:
             return self
         if self.is_empty:
             return Belief.of(likelihood)
-        kept = [
+        modes = [
             replace(mode, weight=mode.weight * outlier * _base(likelihood, mode))
             for mode in self.modes
         ]
         met = [_product(mine, theirs) for mine in self.modes for theirs in likelihood]
-        return Belief.of([*kept, *met])
+        return Belief.of([*modes, *met])
 
 
 def modes_of_reading(
@@ -308,8 +308,8 @@ class Drift:
         odd = _ODD / _ODD_RANGE
         after = [replace(one, weight=one.weight * odd) for one in before]
         before += [one.lost() for one in before]
-        told = [replace(mode, sd_um=max(mode.sd_um, _LEAST_SD)) for mode in modes]
-        after += [one.seen(place, mode) for one in before for mode in told]
+        wide = [replace(mode, sd_um=max(mode.sd_um, _LEAST_SD)) for mode in modes]
+        after += [one.seen(place, mode) for one in before for mode in wide]
         self._courses = _likeliest(after)
 
     def _go_to(self, time_s: float) -> None:

@@ -180,10 +180,10 @@ class FocusLight:
         Preset of the channel group; None: the present one.
     """
 
-    def __init__(self, core: CMMCorePlus, wanted: str | None) -> None:
+    def __init__(self, core: CMMCorePlus, channel: str | None) -> None:
         self._core, self._group = core, core.getChannelGroup()
         self._before = core.getCurrentConfig(self._group) if self._group else ""
-        self._wanted = wanted or self._before or "default"
+        self._wanted = channel or self._before or "default"
         self._properties: list[tuple[str, str, str]] = []
 
     def __enter__(self) -> str:
@@ -265,23 +265,23 @@ def end_abandoned(runner: MDARunner) -> None:
     runner._finish_run(runner._sequence or useq.MDASequence())  # noqa: SLF001
 
 
-def set_back_light(core: CMMCorePlus, found: Mapping[str, Any]) -> None:
+def set_back_light(core: CMMCorePlus, settings: Mapping[str, Any]) -> None:
     """Set back what a plan has changed of light and camera, and no stage.
 
     Parameters
     ----------
     core
         With its devices loaded.
-    found
+    settings
         What the stock engine noted before the plan; empty: it was not to.
     """
-    for group, preset in found.get("config_groups", {}).items():
+    for group, preset in settings.get("config_groups", {}).items():
         core.setConfig(group, preset)
-    if found:
-        core.setExposure(found["exposure"])
-        core.setAutoShutter(found["autoshutter"])
+    if settings:
+        core.setExposure(settings["exposure"])
+        core.setAutoShutter(settings["autoshutter"])
         core.clearROI()
-        core.setROI(*found["roi"])
+        core.setROI(*settings["roi"])
 
 
 def choices_of(engine: object) -> dict[str, Any]:

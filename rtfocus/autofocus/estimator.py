@@ -111,10 +111,10 @@ def look_at(pixels: NDArray[np.generic], settings: EstimatorSettings) -> FocusRe
     spectrum, noise = amplitude_spectrum(
         pixels, settings.region, dark_counts=settings.dark_counts
     )
-    level, wanted = settings.saturation_counts, _region(pixels, settings.region)
+    level, region = settings.saturation_counts, _region(pixels, settings.region)
     saturated = 0.0
     if level is not None:
-        counts = pixels[wanted]
+        counts = pixels[region]
         # Whole numbers are compared as such, which is the same and much faster.
         whole = counts.dtype.kind in "iu" and isfinite(level)
         least = ceil(level) if whole else level
@@ -136,7 +136,7 @@ def look_at(pixels: NDArray[np.generic], settings: EstimatorSettings) -> FocusRe
 
 
 def read_focus(
-    found: DefocusMap,
+    defocus: DefocusMap,
     pixels: NDArray[np.generic],
     settings: EstimatorSettings,
     look: FocusReading | None = None,
@@ -145,7 +145,7 @@ def read_focus(
 
     Parameters
     ----------
-    found
+    defocus
         Of the frame, tile by tile.
     pixels
         The frame, axes (y, x) or (y, x, rgb), counts.
@@ -160,15 +160,15 @@ def read_focus(
         With an estimate or with a refusal; the spectrum is there in both cases.
     """
     look = look or look_at(pixels, settings)
-    tiles = _tiles(found, pixels, settings)
-    estimate, refusal, detail = _judge(tiles, found.grid, settings)
+    tiles = _tiles(defocus, pixels, settings)
+    estimate, refusal, detail = _judge(tiles, defocus.grid, settings)
     if look.refusal:
         refusal, detail = look.refusal, look.detail
     return msgspec.structs.replace(
         look,
         defocus_um=None if refusal else estimate.value_um,
         sd_um=None if refusal else estimate.sd_um,
-        signed=found.grid.signed,
+        signed=defocus.grid.signed,
         refusal=refusal,
         detail=detail,
         tilt_um=estimate.tilt_um,
@@ -201,8 +201,8 @@ class FocusReader:
     def __init__(self, config: Config, series: SeriesStart, held: Counter[str]) -> None:
         self._holds = config.autofocus.mode == "hold"
         names = [channel.name for channel in series.channels]
-        wanted = config.autofocus.focus_channel
-        self._channel = names.index(wanted) if wanted in names else 0
+        focus_channel = config.autofocus.focus_channel
+        self._channel = names.index(focus_channel) if focus_channel in names else 0
         self._share, self._held = TimeShare(_HOLD_SHARE, _HOLD_MOST_S), held
         self._settings = [
             estimator_settings(config, channel.name, bit_depth=series.bit_depth)
@@ -249,7 +249,7 @@ class FocusReader:
         frame: FrameHeader,
         pixels: NDArray[np.generic],
         estimate: Estimate,
-        found: DefocusMap,
+        defocus: DefocusMap,
     ) -> Estimate:
         """Return the estimate of a frame with its focus reading, or as it is."""
         settings = self._settings_of(frame)
@@ -257,7 +257,7 @@ class FocusReader:
             return estimate
         look = self._look_of(frame.sequence)
         if look is not _LEFT_OUT:
-            look = read_focus(found, pixels, settings, look)
+            look = read_focus(defocus, pixels, settings, look)
         return msgspec.structs.replace(estimate, focus=look)
 
     def _look_of(self, sequence: int) -> FocusReading | None:
@@ -322,27 +322,27 @@ def _judge(
 
 
 def _tiles(
-    found: DefocusMap, pixels: NDArray[np.generic], settings: EstimatorSettings
+    defocus: DefocusMap, pixels: NDArray[np.generic], settings: EstimatorSettings
 ) -> _Tiles:
-    grid = found.grid
+    grid = defocus.grid
     height, width = pixels.shape[:2]
-    shape = found.defocus_um.shape
+    shape = defocus.defocus_um.shape
     y_px, x_px = np.meshgrid(*map(grid.centres_px, shape), indexing="ij")
     left, top, wide, high = settings.region or (0, 0, width, height)
     inside = (x_px >= left) & (x_px < left + wide)
     inside &= (y_px >= top) & (y_px < top + high)
-    used = inside & np.isfinite(found.defocus_um)
-    uncertainty = found.uncertainty_um
+    used = inside & np.isfinite(defocus.defocus_um)
+    uncertainty = defocus.uncertainty_um
     sd_um = (
         np.zeros(shape) if uncertainty is None else np.nan_to_num(uncertainty)
     ).astype(np.float64)
     content = tile_content(pixels, grid, shape)[used]
     typical = float(np.median(content)) if content.size else 1.0
     share = np.clip(content / max(typical, 1e-9), 0.25, 4.0)
-    certainty = found.confidence[used].astype(np.float64)
+    certainty = defocus.confidence[used].astype(np.float64)
     certainty /= sd_um[used] ** 2 + (0.25 * settings.unit_um) ** 2
     return _Tiles(
-        value_um=found.defocus_um[used].astype(np.float64),
+        value_um=defocus.defocus_um[used].astype(np.float64),
         sd_um=sd_um[used],
         weight=share * np.maximum(certainty, 1e-12),
         x=(x_px[used] - (left + wide / 2)) / width,
@@ -359,7 +359,7 @@ def tile_content(
     middles, half = [*map(grid.centres_px, shape)], int(grid.tile_px / 2)
     top, left = (np.maximum(middle.astype(int) - half, 0) for middle in middles)
     bottom, right = (middle.astype(int) + half for middle in middles)
-    found = np.zeros(shape)
+    content = np.zeros(shape)
     # A row of tiles is summed at once: those on even columns, then those on odd ones.
     for parity in np.unique(left % 2):
         tiles = np.flatnonzero(left % 2 == parity)
@@ -371,8 +371,8 @@ def tile_content(
             band = grey[top[row] : bottom[row] : 2, used].astype(np.float64)
             sums = np.stack([band.sum(axis=0), np.einsum("yx,yx->x", band, band)])
             mean, square = sums @ inside / np.maximum(len(band) * wide, 1)
-            found[row, tiles] = np.sqrt(np.maximum(square - mean**2, 0.0))
-    return found
+            content[row, tiles] = np.sqrt(np.maximum(square - mean**2, 0.0))
+    return content
 
 
 def _fit(tiles: _Tiles, *, signed: bool, settings: EstimatorSettings) -> _Fit:
@@ -405,14 +405,14 @@ def _plane(tiles: _Tiles) -> tuple[tuple[float, float, float], Floats] | None:
     weight = tiles.weight
     for _ in range(5):
         root = np.sqrt(weight)
-        found, *_ = np.linalg.lstsq(
+        solution, *_ = np.linalg.lstsq(
             terms * root[:, None], tiles.value_um * root, rcond=None
         )
-        residual = tiles.value_um - terms @ found
+        residual = tiles.value_um - terms @ solution
         scale = 1.4826 * _weighted_median(np.abs(residual), tiles.weight) + 1e-9
         far = np.maximum(np.abs(residual) / (_HUBER * scale), 1.0)
         weight = tiles.weight / far
-    return (float(found[0]), float(found[1]), float(found[2])), residual
+    return (float(solution[0]), float(solution[1]), float(solution[2])), residual
 
 
 def _gap_um(residual: Floats, weight: Floats) -> float:

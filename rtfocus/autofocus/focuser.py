@@ -187,8 +187,8 @@ class Focuser:
                 is_canceled=is_canceled,
             )
         if verdict.focused:
-            found = search.belief.best
-            self.places[key] = Mode(1.0, verdict.end_um, max(found.sd_um, 1e-3))
+            best = search.belief.best
+            self.places[key] = Mode(1.0, verdict.end_um, max(best.sd_um, 1e-3))
         self.journal.write("verdict", p=key[0], g=key[1], **verdict.summary())
         self.tell(_line(key, verdict))
         return verdict
@@ -424,9 +424,9 @@ class Focuser:
 def _line(key: Key, verdict: Verdict) -> str:
     place = "" if key[0] is None else f" at position {key[0]}"
     word = "focused" if verdict.focused else f"not focused ({verdict.reason})"
-    said = (
+    text = (
         f"autofocus{place}: {word}, z {verdict.start_um:.2f} -> "
         f"{verdict.end_um:.2f} um, {verdict.images} images, {verdict.moves} moves, "
         f"{verdict.seconds:.1f} s"
     )
-    return "; ".join((said, *verdict.notes))
+    return "; ".join((text, *verdict.notes))

@@ -222,8 +222,8 @@ class Holder:
             self._drift = Drift(time_s)
         unit = self._models.unit_um
         known = [
-            ((focus_um - seen.z_um) / unit, Spectrum(seen.spectrum, seen.noise))
-            for seen in _apart(looks, _ALIKE * unit)
+            ((focus_um - look.z_um) / unit, Spectrum(look.spectrum, look.noise))
+            for look in _apart(looks, _ALIKE * unit)
         ]
         number = self._numbers.setdefault(key, len(self._numbers))
         self._given.discard(key)
@@ -257,9 +257,9 @@ class Holder:
         if place is None or self._drift is None:
             return 0.0
         drift_um = self._drift.at(time_s) * self._models.unit_um
-        wanted = self.focus_um(key, time_s)
-        error = wanted - place.reference_um
-        target, reason = self._target(place, wanted, sure=self._drift.is_sure())
+        focus_um = self.focus_um(key, time_s)
+        error = focus_um - place.reference_um
+        target, reason = self._target(place, focus_um, sure=self._drift.is_sure())
         step = target - place.reference_um
         is_late = not step and place.is_late(time_s)
         if step:
@@ -348,11 +348,11 @@ class Holder:
 
 def _apart(looks: list[SpectrumAtZ], least_um: float) -> list[SpectrumAtZ]:
     """Return images that differ in z, of those alike the newest."""
-    kept: list[SpectrumAtZ] = []
-    for seen in reversed(looks):
-        if all(abs(seen.z_um - other.z_um) >= least_um for other in kept):
-            kept.append(seen)
-    return kept
+    apart: list[SpectrumAtZ] = []
+    for look in reversed(looks):
+        if all(abs(look.z_um - other.z_um) >= least_um for other in apart):
+            apart.append(look)
+    return apart
 
 
 def seen_by(verdict: Verdict) -> list[SpectrumAtZ]:

@@ -132,8 +132,8 @@ def early_um(
 
 def spectra_of(looks: Sequence[Look]) -> tuple[Floats, Floats, Floats]:
     """Return z in um, spectra and noise, axes (plane,), (plane, ring), (plane,)."""
-    told = ((one.z_um, one.reading.spectrum, one.reading.noise) for one in looks)
-    z_um, spectra, noise = map(np.array, zip(*told, strict=True))
+    columns = ((one.z_um, one.reading.spectrum, one.reading.noise) for one in looks)
+    z_um, spectra, noise = map(np.array, zip(*columns, strict=True))
     return z_um, spectra, noise
 
 
@@ -344,12 +344,12 @@ def _doubts(looks: Sequence[Look], comparison: PlaneComparison) -> tuple[float, 
 
 def newest_of_each(looks: Sequence[Look], unit_um: float) -> list[Look]:
     """Return images without those that were taken again: the newest is at rest."""
-    kept = [
+    newest = [
         look
         for look, after in pairwise(looks)
         if abs(after.z_um - look.z_um) >= _SAME_PLACE * unit_um
     ]
-    return [*kept, *looks[-1:]]
+    return [*newest, *looks[-1:]]
 
 
 def _again(z_um: Floats, unit_um: float) -> NDArray[np.intp]:

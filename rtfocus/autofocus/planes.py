@@ -368,7 +368,7 @@ def calibrate_focus(
         raise ConfigError(msg)
     fits = [_fitted(comparison, planes) for planes in (up, down)]
     focus, sharp = fits[0].best_um, _sharpest_um(up)
-    told = _told_direction(fits[0].by_direction)
+    direction = _told_direction(fits[0].by_direction)
     offset, scale, reach = _levels(up, focus)
     unexplained = max(fit.unexplained for fit in fits)
     searched = f"the search before the stack did not find focus: {not_found}"
@@ -388,7 +388,7 @@ def calibrate_focus(
             f"the image is sharpest {abs(focus - sharp):.2f} um from where the optics "
             "put focus"
         )
-    if told and direction_of_core and told != direction_of_core:
+    if direction and direction_of_core and direction != direction_of_core:
         problems.append(
             "the stage runs against what Micro-Manager was told (focus direction in "
             "its hardware wizard), or the spherical aberration has the wrong sign"
@@ -398,7 +398,7 @@ def calibrate_focus(
         focus_um=focus,
         sharpest_um=sharp,
         unexplained=unexplained,
-        direction=told,
+        direction=direction,
         direction_of_core=direction_of_core,
         backlash_um=fits[1].best_um - focus,
         level_offset_um=offset,
@@ -413,8 +413,8 @@ def _fitted(comparison: PlaneComparison, planes: Sequence[ZPlane]) -> PlaneFit:
     # Far planes say little and show the specimen's thickness.
     sharpest = _sharpest_um(planes)
     near = [p for p in planes if abs(p.z_um - sharpest) < 3 * comparison.unit_um]
-    told = ((p.z_um, p.reading.spectrum, p.reading.noise) for p in near)
-    z_um, spectra, noise = map(np.array, zip(*told, strict=True))
+    columns = ((p.z_um, p.reading.spectrum, p.reading.noise) for p in near)
+    z_um, spectra, noise = map(np.array, zip(*columns, strict=True))
     return comparison.fit(z_um, spectra, noise)
 
 

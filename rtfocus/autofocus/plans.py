@@ -51,11 +51,11 @@ def limits_at(config: AutofocusConfig, start_um: float) -> Limits:
     return Limits(low, high).within(start_um, config.reach_um)
 
 
-def save_calibration(path: Path, found: FocusCalibration) -> None:
+def save_calibration(path: Path, calibration: FocusCalibration) -> None:
     """Write a calibration as YAML."""
     values = {
         key: round(value, 5) if isinstance(value, float) else value
-        for key, value in asdict(found).items()
+        for key, value in asdict(calibration).items()
     }
     text = yaml.safe_dump(values, sort_keys=False)
     path.write_text(f"{TEXT_MARK}\n{text}", encoding="utf-8")
@@ -72,14 +72,14 @@ def load_calibration(path: Path) -> FocusCalibration:
     remedy = "make it with: rtfocus calibrate CONFIG"
     values = read_yaml(path, "autofocus.calibration", remedy)
     try:
-        found = msgspec.convert(asdict(FocusCalibration(**values)), FocusCalibration)
-        if not (0 < found.unit_um < math.inf and math.isfinite(found.backlash_um)):
+        loaded = msgspec.convert(asdict(FocusCalibration(**values)), FocusCalibration)
+        if not (0 < loaded.unit_um < math.inf and math.isfinite(loaded.backlash_um)):
             msg = "unit_um must be a number above 0, backlash_um a number"
             raise ValueError(msg)
     except (TypeError, ValueError) as error:
         msg = f"autofocus.calibration '{path}' cannot be used: {error}; {remedy}"
         raise ConfigError(msg) from error
-    return found
+    return loaded
 
 
 def with_measured_backlash(config: AutofocusConfig) -> AutofocusConfig:
@@ -293,10 +293,10 @@ def beside_held(event: useq.MDAEvent, held_um: float | None) -> useq.MDAEvent:
 
 def asking_for_focus(event: useq.MDAEvent) -> useq.MDAEvent:
     """Return the event that asks for focus where an image is taken, as useq asks."""
-    asked = event.model_copy(update={"action": useq.CustomAction(name=ACTION)})
+    asking = event.model_copy(update={"action": useq.CustomAction(name=ACTION)})
     if event.z_pos is None:
-        return asked
-    return asked.model_copy(update={"z_pos": event.z_pos - _taken_off_um(asked)})
+        return asking
+    return asking.model_copy(update={"z_pos": event.z_pos - _taken_off_um(asking)})
 
 
 def is_autofocus(event: useq.MDAEvent) -> bool:

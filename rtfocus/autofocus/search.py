@@ -178,16 +178,16 @@ class FocusSearch:
     def _is_worth_a_move(self) -> bool:
         if self.belief.is_empty or self._way_um() <= self.moves.deadband_um:
             return False
-        wanted, way_um = self.belief.best.mean_um, self._way_um()
-        is_close = way_um < self.survey.unit_um and not self._is_sure_of(wanted)
+        focus_um, way_um = self.belief.best.mean_um, self._way_um()
+        is_close = way_um < self.survey.unit_um and not self._is_sure_of(focus_um)
         is_beside = is_close or way_um <= self._near_um()
         if not self.rule.verify and is_beside and not self.survey.saw_both_sides():
             # One more image beside focus tells less than one from a side still unseen.
             return False
         if self.rule.verify or self._has_been_there():
-            return self._is_sure_of(wanted)
+            return self._is_sure_of(focus_um)
         # The image there makes it surer.
-        return self.survey.certainty(wanted) >= _WORTH_A_MOVE
+        return self.survey.certainty(focus_um) >= _WORTH_A_MOVE
 
     def _is_sure_of(self, z_um: float) -> bool:
         is_suspect = self.survey.arrival.is_suspect
@@ -233,13 +233,13 @@ class FocusSearch:
         sides = (1, -1) if now < best.mean_um else (-1, 1)
         for length, within in ((_BEYOND, 1.0), (0.0, 0.3), (1.0, 0.3)):
             for side in sides:
-                wanted = self.moves.limits.clip(best.mean_um + side * length * unit)
+                view_um = self.moves.limits.clip(best.mean_um + side * length * unit)
                 if length and self.survey.seen_beside(
                     best.mean_um, side, length - within, length + 1.5
                 ):
                     continue
-                if not self.survey.has_seen(wanted, 0.3 * unit):
-                    return self._view(wanted)
+                if not self.survey.has_seen(view_um, 0.3 * unit):
+                    return self._view(view_um)
         if not self.rule.verify and abs(best.mean_um - now) > _FAR_STEP * unit:
             return self._end_unsure()
         return self._probe(_LEAST_STEP * unit)
@@ -256,24 +256,24 @@ class FocusSearch:
         """Go to where focus is believed to be."""
         if (beyond := self._limit_in_the_way()) is not None:
             return beyond
-        now, wanted = self.looks[-1].z_um, self.belief.best.mean_um
-        target = self.moves.target(now, wanted)
+        now, focus_um = self.looks[-1].z_um, self.belief.best.mean_um
+        target = self.moves.target(now, focus_um)
         if target is None:
             return self._probe(_LEAST_STEP * self.survey.unit_um)
         return Move(target - now)
 
     def _limit_in_the_way(self) -> Decision | None:
-        now, wanted = self.looks[-1].z_um, self.belief.best.mean_um
+        now, focus_um = self.looks[-1].z_um, self.belief.best.mean_um
         limits, unit = self.moves.limits, self.survey.unit_um
         at_limit = min(now - limits.low_um, limits.high_um - now) < 0.1 * unit
-        if not (abs(limits.clip(wanted) - wanted) > unit and at_limit):
+        if not (abs(limits.clip(focus_um) - focus_um) > unit and at_limit):
             return None
         best = self.survey.best_seen
         gap = self.survey.gap_beside(best.z_um, limits.low_um, limits.high_um)
         if self.looks[-1].sharpness * SHARPER < best.sharpness and gap is not None:
             # It was sharper elsewhere, so the optics are wrong about these images.
             return self._view(gap)
-        at = f"{wanted:.1f} um"
+        at = f"{focus_um:.1f} um"
         return self._give_up_seeing(f"focus seems to lie beyond the limits, at {at}")
 
     def _first_step_um(self) -> float:

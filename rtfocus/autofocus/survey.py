@@ -118,10 +118,10 @@ class Survey:
 
     def faults(self) -> list[str]:
         """Return what the stage seems to do wrong, in words."""
-        found = ["the stage arrives late"] if self.arrival.is_late else []
+        faults = ["the stage arrives late"] if self.arrival.is_late else []
         if self.fit is not None and self.fit.course != AS_TOLD:
-            found.append(_FAULTS[self.fit.course])
-        return found
+            faults.append(_FAULTS[self.fit.course])
+        return faults
 
     @property
     def best_seen(self) -> Look:
@@ -331,8 +331,8 @@ class Survey:
         top, step = self.best_seen.z_um, _BRACKET * self.unit_um
         for side in sides:
             beyond = limits.clip(top + side * step)
-            seen = self.seen_beside(top, side, 0.5 * _BRACKET, 1.5)
-            if not seen and abs(beyond - top) > 0.5 * step:
+            is_seen = self.seen_beside(top, side, 0.5 * _BRACKET, 1.5)
+            if not is_seen and abs(beyond - top) > 0.5 * step:
                 return beyond
         return None
 
@@ -376,8 +376,8 @@ class Survey:
         """Weigh everything that was seen anew."""
         belief = self.prior
         # Networks err alike on images of one field, so only the first has its say.
-        told = [look for look in self.looks if look.reading.defocus_um is not None]
-        for look in told[:1]:
+        estimated = [look for look in self.looks if look.reading.defocus_um is not None]
+        for look in estimated[:1]:
             modes = modes_of_reading(
                 look.reading,
                 look.z_um,
@@ -434,13 +434,13 @@ def _change_over_noise(spectra: Floats, noise: Floats) -> float:
     typical = spectra.mean(axis=0)
     floor = float((noise**2).mean())
     # The lowest rings are left over: they have the fewest amplitudes.
-    seen = np.flatnonzero(typical**2 > floor)[::-1]
-    seen = seen[: len(seen) // _BAND * _BAND]
-    if seen.size == 0:
+    above_noise = np.flatnonzero(typical**2 > floor)[::-1]
+    above_noise = above_noise[: len(above_noise) // _BAND * _BAND]
+    if above_noise.size == 0:
         return 0.0
-    mean = typical[seen]
+    mean = typical[above_noise]
     weight = (mean**2 / (mean**2 + floor)).reshape(-1, _BAND)
-    away = (spectra[:, seen] / mean - 1.0).reshape(len(spectra), -1, _BAND)
+    away = (spectra[:, above_noise] / mean - 1.0).reshape(len(spectra), -1, _BAND)
     bands = (away * weight).sum(axis=2) / weight.sum(axis=1)
     jumps = np.diff(away, n=2, axis=2)
     # A second difference has six times the variance of a ring.

@@ -253,18 +253,18 @@ def written_by_rtfocus(path: Path) -> bool:
         return False
 
 
-def zarr_attributes(made: Provenance, nodes: list[str]) -> dict[str, Any]:
+def zarr_attributes(provenance: Provenance, nodes: list[str]) -> dict[str, Any]:
     """Return the attributes of a result's root group.
 
     Parameters
     ----------
-    made
+    provenance
         What is known about how it was made.
     nodes
         Paths of all groups and arrays of the store, the root being ``.``.
     """
     known = sorted(node.removeprefix(".") for node in nodes)
-    return {_NAME: {WRITTEN_BY: SOFTWARE, "result": dict(made), "nodes": known}}
+    return {_NAME: {WRITTEN_BY: SOFTWARE, "result": dict(provenance), "nodes": known}}
 
 
 def table_text(text: str) -> str:

@@ -190,10 +190,10 @@ def read_frames(folder: Path, files: list[Path]) -> list[ImageSeries]:
 
 def _named_frame(file: Path) -> Iterator[Frame]:
     for pattern in _NAMES:
-        found = pattern.fullmatch(file.name)
-        if found:
+        match = pattern.fullmatch(file.name)
+        if match:
             axes = {
-                k: int(v) if v.isdecimal() else v for k, v in found.groupdict().items()
+                k: int(v) if v.isdecimal() else v for k, v in match.groupdict().items()
             }
             yield Frame(axes=axes, file=file)
             return
@@ -267,7 +267,7 @@ def _channels(names: list[Value], facts: Facts, count: int) -> tuple[ImageChanne
     """Return the channels by name, with what the summary says of them."""
     known = facts.get("channels", ())
     by_name = {channel.name: channel for channel in known}
-    found = [
+    channels = [
         known[name]
         if isinstance(name, int) and 0 <= name < len(known)
         else by_name.get(str(name), ImageChannel(name=str(name)))
@@ -275,7 +275,7 @@ def _channels(names: list[Value], facts: Facts, count: int) -> tuple[ImageChanne
         else ImageChannel()
         for name in names
     ]
-    return tuple(found) if len(found) == count else ()
+    return tuple(channels) if len(channels) == count else ()
 
 
 def _image(

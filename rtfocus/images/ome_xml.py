@@ -130,10 +130,10 @@ def _write_image(root: Element, number: int, image: OmeImage, kind: str) -> None
     if position is not None:
         label = {"Name": writable_text(position)}
         SubElement(element, "StageLabel", label | _places_um(stage, ""))
-    told = {"ID": f"Pixels:{number}", "DimensionOrder": "XYZCT", "Type": kind}
-    told |= {f"Size{axis.upper()}": str(image.sizes[axis]) for axis in "xyczt"}
-    told |= _measures((name, facts.get(key), unit) for name, key, unit in _STEPS)
-    pixels = SubElement(element, "Pixels", told)
+    attributes = {"ID": f"Pixels:{number}", "DimensionOrder": "XYZCT", "Type": kind}
+    attributes |= {f"Size{axis.upper()}": str(image.sizes[axis]) for axis in "xyczt"}
+    attributes |= _measures((name, facts.get(key), unit) for name, key, unit in _STEPS)
+    pixels = SubElement(element, "Pixels", attributes)
     for c, channel in enumerate(facts.get("channels", ())):
         _write_channel(pixels, f"Channel:{number}:{c}", channel)
     SubElement(pixels, "MetadataOnly")
@@ -142,18 +142,18 @@ def _write_image(root: Element, number: int, image: OmeImage, kind: str) -> None
 
 
 def _write_channel(pixels: Element, identity: str, channel: ImageChannel) -> None:
-    told = {"ID": identity, "SamplesPerPixel": "1"}
+    attributes = {"ID": identity, "SamplesPerPixel": "1"}
     if channel.name is not None:
-        told["Name"] = channel.name
+        attributes["Name"] = channel.name
     if channel.color is not None:
-        told["Color"] = str(signed_rgba(channel.color))
-    told |= _measures(
+        attributes["Color"] = str(signed_rgba(channel.color))
+    attributes |= _measures(
         [
             ("EmissionWavelength", channel.emission_nm, "nm"),
             ("ExcitationWavelength", channel.excitation_nm, "nm"),
         ]
     )
-    SubElement(pixels, "Channel", told)
+    SubElement(pixels, "Channel", attributes)
 
 
 def _places_um(stage: StagePosition, prefix: str) -> dict[str, str]:
@@ -314,8 +314,8 @@ def row_letters(number: int) -> str:
     text = ""
     number += 1
     while number:
-        number, rest = divmod(number - 1, 26)
-        text = chr(ord("A") + rest) + text
+        number, quotient = divmod(number - 1, 26)
+        text = chr(ord("A") + quotient) + text
     return text
 
 
@@ -365,8 +365,10 @@ def _uuid(images: Sequence[OutputImage]) -> str:
 
     A UUID of another kind would hold the time and this computer's address.
     """
-    made = [(i.like.name, i.like.path.name, i.like.sizes, dict(i.made)) for i in images]
-    return f"urn:uuid:{uuid5(NAMESPACE_OID, repr(made))}"
+    identity = [
+        (i.like.name, i.like.path.name, i.like.sizes, dict(i.made)) for i in images
+    ]
+    return f"urn:uuid:{uuid5(NAMESPACE_OID, repr(identity))}"
 
 
 def _ome_channels(like: ImageSeries) -> dict[str, object]:
@@ -392,10 +394,10 @@ def _ome_channels(like: ImageSeries) -> dict[str, object]:
 def _ome_planes(image: OutputImage) -> dict[str, object]:
     """Return where and when the planes were taken, as far as it is known."""
     like = image.like
-    taken = image.taken or [PlaneFacts()] * len(like)
+    facts = image.taken or [PlaneFacts()] * len(like)
     stage = like.stage or StagePosition()
     known = []
-    for one in taken:
+    for one in facts:
         at = stage if one.z_um is None else replace(stage, z_um=one.z_um)
         times = ("DeltaT", one.delta_s, "s"), ("ExposureTime", one.exposure_ms, "ms")
         known.append(_places_um(at, "Position") | _measures(times))
@@ -405,19 +407,19 @@ def _ome_planes(image: OutputImage) -> dict[str, object]:
 def _ome_map(image: OutputImage) -> dict[str, object]:
     """Return how an image was made, and what OME-XML has no place for."""
     like = image.like
-    told = dict(image.made)
+    pairs = dict(image.made)
     if like.position is not None:
-        told["position"] = like.position
+        pairs["position"] = like.position
     if like.place is not None:
         row, column = like.place.rows[like.place.row], like.place.columns
-        told["plate"] = like.place.plate
-        told["well"] = f"{row}{column[like.place.column]}"
-        told["field"] = str(like.place.field)
+        pairs["plate"] = like.place.plate
+        pairs["well"] = f"{row}{column[like.place.column]}"
+        pairs["field"] = str(like.place.field)
     for number, channel in enumerate(like.channels):
         window = channel.window
         if window is not None and image.keeps_counts:
-            told[f"contrast window c{number}"] = f"{window.start:g} to {window.end:g}"
-    value = {key: writable_text(text) for key, text in told.items()}
+            pairs[f"contrast window c{number}"] = f"{window.start:g} to {window.end:g}"
+    value = {key: writable_text(text) for key, text in pairs.items()}
     return {"Namespace": NAMESPACE, "Value": {"rtfocus": SOFTWARE, **value}}
 
 

@@ -149,13 +149,13 @@ def _read_ome_zarr(path: Path) -> list[ImageSeries]:
         msg = f"'{path}' is a Zarr array without OME metadata; give its OME-Zarr group"
         raise InputError(msg)
     lacking: list[str] = []
-    found = [
+    groups = [
         replace(image, place=place or image.place)
         for name, group, place in _groups(path, root, lacking)
         for image in _describe(path, name, group)
     ]
     files = tuple(dict.fromkeys((path, outermost_zarr(path))))
-    images = [replace(image, files=files) for image in _with_ome_xml(path, found)]
+    images = [replace(image, files=files) for image in _with_ome_xml(path, groups)]
     if lacking:
         first, more = lacking[0], len(lacking) - 1
         others = f" and {more} more" if more else ""
@@ -390,16 +390,16 @@ def _channels(ome: dict[str, Any], count: int) -> tuple[ImageChannel, ...]:
 
 def _channel(one: dict[str, Any]) -> ImageChannel:
     label, color, window = one.get("label"), one.get("color"), one.get("window")
-    shown = None
+    display = None
     if isinstance(window, dict):
         start, end = finite(window.get("start")), finite(window.get("end"))
         if start is not None and end is not None:
             low, high = finite(window.get("min")), finite(window.get("max"))
-            shown = ContrastWindow(start=start, end=end, low=low, high=high)
+            display = ContrastWindow(start=start, end=end, low=low, high=high)
     return ImageChannel(
         name=str(label) if label not in (None, "") else None,
         color=_color(color),
-        window=shown,
+        window=display,
     )
 
 
@@ -414,10 +414,10 @@ def _with_ome_xml(path: Path, images: list[ImageSeries]) -> list[ImageSeries]:
     companion = path / "OME" / "METADATA.ome.xml"
     if not companion.is_file():
         return images
-    found = read_ome_xml(companion.read_bytes()).images
-    if len(found) != len(images):
+    described = read_ome_xml(companion.read_bytes()).images
+    if len(described) != len(images):
         return images
-    return [_filled(image, one) for image, one in zip(images, found, strict=True)]
+    return [_filled(image, one) for image, one in zip(images, described, strict=True)]
 
 
 def _filled(image: ImageSeries, one: OmeImage) -> ImageSeries:

@@ -146,13 +146,13 @@ def _said(fault: ErrorDetails) -> str:
 def _read_values(text: str) -> Mapping[str, Any]:
     values: dict[str, Any] = {}
     aberrations: dict[str, str] = {}
-    seen: set[str] = set()
+    keys: set[str] = set()
     for part in text.split(","):
         name, _, value = (word.strip() for word in part.partition("="))
-        if name in seen:
+        if name in keys:
             msg = f"optics '{text}': '{name}' is there twice"
             raise ConfigError(msg)
-        seen.add(name)
+        keys.add(name)
         if name in _ABERRATION_NAMES:
             aberrations[_ABERRATION_NAMES[name]] = value
         elif name in _SHORT_NAMES:
@@ -271,8 +271,8 @@ def find_optics(
     if stated is None and configured is not None:
         _refuse_other_pixels(image, configured, "the config's optics")
         return ImageOptics(configured, "the config")
-    said = _said_by_file(image, channel)
-    values = {**said, **(stated.values if stated is not None else {})}
+    of_file = _said_by_file(image, channel)
+    values = {**of_file, **(stated.values if stated is not None else {})}
     missing = [key for key in _NEEDED if key not in values]
     if missing:
         source = f"no {', no '.join(_NEEDED[key] for key in missing)}"
@@ -281,13 +281,13 @@ def find_optics(
             source += f"; complete --optics by {'= and '.join(short)}="
         return ImageOptics(None, source)
     origin = stated.origin if stated is not None else str(image.path)
-    found = make_optics(values, origin)
+    optics = make_optics(values, origin)
     if stated is None:
-        return ImageOptics(found, "the file")
-    _refuse_other_pixels(image, found, "--optics")
-    added = [_NEEDED[key] for key in said if key in _NEEDED.keys() - stated.values]
+        return ImageOptics(optics, "the file")
+    _refuse_other_pixels(image, optics, "--optics")
+    added = [_NEEDED[key] for key in of_file if key in _NEEDED.keys() - stated.values]
     completed = f", {', '.join(added)} from the file" if added else ""
-    return ImageOptics(found, f"--optics{completed}")
+    return ImageOptics(optics, f"--optics{completed}")
 
 
 def refuse_other_reference(
@@ -326,13 +326,13 @@ def refuse_other_reference(
 
 def _said_by_file(image: ImageSeries, channel: int) -> dict[str, float]:
     described = image.channels[channel] if channel < len(image.channels) else None
-    found = {
+    values = {
         "numerical_aperture": image.numerical_aperture,
         "wavelength_nm": described.emission_nm if described is not None else None,
         "pixel_size_um": image.pixel_size_um,
         "refractive_index": image.refractive_index,
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _refuse_other_pixels(image: ImageSeries, optics: OpticalSystem, who: str) -> None:

@@ -190,8 +190,8 @@ class OutputGuard:
             As `claim`; also if a file came into the way during the work.
         """
         self.claim_report(folder, mark, names)
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
-            part = Path(made)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            part = Path(scratch)
             yield part
             written = sorted(path.name for path in part.iterdir())
             self.claim_report(folder, mark, written)
@@ -246,18 +246,18 @@ class OutputGuard:
 
     def _refuse_existing(self, target: Path, *, named: bool) -> None:
         try:
-            found = target.lstat()
+            status = target.lstat()
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             msg = f"'{target}' cannot be an output: {error.strerror or error}"
             raise OutputError(msg) from error
-        if stat.S_ISLNK(found.st_mode):
+        if stat.S_ISLNK(status.st_mode):
             msg = f"'{target}' is a link; give the place it should lead to"
             raise OutputError(msg)
         replaceable = written_by_rtfocus(target) or (
             named
-            and stat.S_ISREG(found.st_mode)
+            and stat.S_ISREG(status.st_mode)
             and target.suffix.lower() in TIFF_ENDINGS
         )
         if not replaceable:
@@ -274,10 +274,10 @@ def json_text(content: Mapping[str, Any]) -> str:
 def _identity(path: Path) -> Identity | None:
     """Return what all names of a file share; None where there is no file."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _resolved(path: Path) -> Path:

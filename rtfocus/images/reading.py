@@ -110,11 +110,11 @@ def _form(path: Path) -> _Form:
     if mode not in _CONVERT and mode not in _KEPT:
         msg = f"'{path}' has colours of kind '{mode}'; save it as grey or RGB"
         raise InputError(msg)
-    kept, note = _CONVERT.get(mode, (mode, ""))
-    colours = (3,) if kept == "RGB" else ()
+    converted, note = _CONVERT.get(mode, (mode, ""))
+    colours = (3,) if converted == "RGB" else ()
     dtypes = {"L": "|u1", "RGB": "|u1", "F": "<f4", "I": "<i4"}
-    dtype = dtypes.get(kept, "<u2")
-    if path.suffix.lower() == ".png" and kept == "I":
+    dtype = dtypes.get(converted, "<u2")
+    if path.suffix.lower() == ".png" and converted == "I":
         dtype = "<u2"  # older Pillows give 16-bit grey as 32 bits
     if others > 0:
         # Phones put previews and brightness maps behind the photograph.
@@ -136,9 +136,9 @@ def _load(path: Path) -> NDArray[np.generic]:
     if deep is not None:
         codecs = import_imagecodecs(path, "has colours or alpha of 16 bits")
         pixels = np.asarray(codecs.png_decode(path.read_bytes()))
-        kept = 3 if deep >= 3 else 1
-        pixels = pixels[..., :kept]
-        return pixels if kept == 3 else pixels[..., 0]
+        colours = 3 if deep >= 3 else 1
+        pixels = pixels[..., :colours]
+        return pixels if colours == 3 else pixels[..., 0]
     with Image.open(path) as picture:
         mode = _CONVERT.get(picture.mode, ("", ""))[0]
         return np.asarray(picture.convert(mode) if mode else picture)
@@ -235,25 +235,25 @@ def find_images(path: Path) -> FoundImages:
             msg += ": that of the images, * and ? are for a shell to fill in"
         raise InputError(msg)
     if not path.is_dir():
-        found = _read_all([_Candidate(path, partial(_open_file, path))])
+        images = _read_all([_Candidate(path, partial(_open_file, path))])
     else:
-        found = _read_all(list(_search_folder(path, set())))
-    if found.series:
-        return found
-    if found.broken:
-        raise InputError(_in_words(found.broken))
+        images = _read_all(list(_search_folder(path, set())))
+    if images.series:
+        return images
+    if images.broken:
+        raise InputError(_in_words(images.broken))
     msg = f"'{path}' holds no image; looked for {', '.join(_READERS)}, OME-Zarr, NDTiff"
     raise InputError(msg)
 
 
 def companions(series: Iterable[ImageSeries]) -> list[Path]:
     """Return every file and folder that belongs to some images, Zarr parents too."""
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for one in series:
-        found |= dict.fromkeys((one.path, *one.files))
+        files |= dict.fromkeys((one.path, *one.files))
         around = [folder for folder in one.path.absolute().parents if is_zarr(folder)]
-        found |= dict.fromkeys(around)
-    return list(found)
+        files |= dict.fromkeys(around)
+    return list(files)
 
 
 def _read_ome_zarr(path: Path) -> list[ImageSeries]:
@@ -287,10 +287,10 @@ def open_images(path: Path) -> list[ImageSeries]:
         If there is nothing at the path or anything in it cannot be read; names what
         was looked for.
     """
-    found = find_images(path)
-    if found.broken:
-        raise InputError(_in_words(found.broken))
-    return found.series
+    images = find_images(path)
+    if images.broken:
+        raise InputError(_in_words(images.broken))
+    return images.series
 
 
 def read_even_field(path: Path, offset_counts: float) -> NDArray[np.float32]:
@@ -366,12 +366,12 @@ def _read_all(candidates: list[_Candidate]) -> FoundImages:
         if os.path.realpath(candidate.path) in taken:
             continue
         try:
-            found = candidate.read()
+            images = candidate.read()
         except InputError as error:
             broken.append(BrokenImage(candidate.path, str(error)))
-            found = error.readable if isinstance(error, IncompleteSetError) else []
-        series += map(_with_note, found)
-        sets = (one.files for one in found if len(one.files) > 1)
+            images = error.readable if isinstance(error, IncompleteSetError) else []
+        series += map(_with_note, images)
+        sets = (one.files for one in images if len(one.files) > 1)
         taken |= {os.path.realpath(file) for files in sets for file in files}
     return FoundImages(series, tuple(broken), tuple(results))
 

@@ -124,8 +124,8 @@ def _refuse_broken_index(path: Path, file: tifffile.TiffFile) -> None:
     """Refuse a Micro-Manager stack of more planes than tifffile could list."""
     if not file.is_mmstack:
         return
-    found = file.micromanager_metadata or {}
-    summary, index = found["Summary"], found["IndexMap"]
+    metadata = file.micromanager_metadata or {}
+    summary, index = metadata["Summary"], metadata["IndexMap"]
     keys = ("Channels", "Slices", "Frames", "Positions")
     lengths = [
         max(int(most) + 1, int(summary.get(key, 1)))
@@ -200,17 +200,17 @@ def _matched(
 ) -> list[OmeImage]:
     """Return the Image element of each series; tifffile leaves out empty ones."""
     left = iter(images)
-    found: list[OmeImage] = []
+    matches: list[OmeImage] = []
     for one in series:
         lengths = dict(zip(one.axes, one.shape, strict=True))
         for image in left:
             same_size = image.sizes["y"] == lengths.get("Y")
             if image.name == one.name and (same_size or len(series) == len(images)):
-                found.append(image)
+                matches.append(image)
                 break
         else:
-            found.append(OmeImage(name=one.name, sizes={}, facts={}))
-    return found
+            matches.append(OmeImage(name=one.name, sizes={}, facts={}))
+    return matches
 
 
 def _describe(
@@ -222,7 +222,7 @@ def _describe(
 ) -> Iterator[ImageSeries]:
     """Yield a series, once for each index of its axes that are not t, c, z."""
     _refuse_packed(source.path, series)
-    axes, unnamed, told = _canonical_axes(series.axes, series.shape)
+    axes, unnamed, axis_notes = _canonical_axes(series.axes, series.shape)
     lengths = dict(zip(axes, series.shape, strict=True))
     samples, rgb, more = _samples(series, lengths.get("S", 1))
     dtype = np.dtype(series.dtype)
@@ -255,7 +255,7 @@ def _describe(
             dtype=native_dtype(dtype),
             read_plane=TiffPlanes(source, number, layout),
             files=files,
-            notes=(*told, *more, *gaps_told),
+            notes=(*axis_notes, *more, *gaps_told),
             unnamed_axes=unnamed,
             **_fitting(facts, sizes["c"]),
         )

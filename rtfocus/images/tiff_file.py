@@ -152,8 +152,8 @@ class TiffPlanes:
             outer, block = self._read(place)
         inner = layout.axes[outer:]
         plane = block[tuple(place.get(axis, slice(None)) for axis in inner)]
-        kept = [axis for axis in inner if axis not in place]
-        plane = plane.transpose([kept.index(axis) for axis in "YXS" if axis in kept])
+        axes = [axis for axis in inner if axis not in place]
+        plane = plane.transpose([axes.index(axis) for axis in "YXS" if axis in axes])
         if plane.ndim == 3:
             plane = plane[..., : layout.samples]
         return plane.copy()
@@ -268,8 +268,8 @@ def stack_facts(
     file: tifffile.TiffFile, ome: OmeMetadata | None
 ) -> list[tuple[str, Facts]]:
     """Return names and metadata of the positions of a Micro-Manager stack."""
-    found = file.micromanager_metadata or {}
-    summary = found.get("Summary", {})
+    metadata = file.micromanager_metadata or {}
+    summary = metadata.get("Summary", {})
     common: Facts = {**plain_facts(file), **summary_facts(summary)}
     labels = list(_labels(summary))
     if ome is None or not ome.images:

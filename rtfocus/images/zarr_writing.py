@@ -336,12 +336,12 @@ def _transforms(
         known = um if um is not None and steps[axis] is not None else 0.0
         place[axis] = known + (factor - 1) / 2 * scale[axis]
         scale[axis] *= factor
-    found: list[v05.ScaleTransformation | v05.TranslationTransformation] = [
+    transforms: list[v05.ScaleTransformation | v05.TranslationTransformation] = [
         v05.ScaleTransformation(scale=scale)
     ]
     if any(place):
-        found.append(v05.TranslationTransformation(translation=place))
-    return found
+        transforms.append(v05.TranslationTransformation(translation=place))
+    return transforms
 
 
 def _ome_image(like: ImageSeries) -> OmeImage:

@@ -134,12 +134,12 @@ class LiveAcquisition:
                 if self._hold is not None:
                     self._hold.stop()
         seconds = time.perf_counter() - self._started
-        seen, planned = self._observations, self._live.frames
-        rest = 0 if planned is None else planned - self._delivery.recorded
+        observations, planned = self._observations, self._live.frames
+        remaining = 0 if planned is None else planned - self._delivery.recorded
         return self._delivery.end(
-            seen,
+            observations,
             planned=planned,
-            not_acquired=max(rest - seen.camera_lost, 0),
+            not_acquired=max(remaining - observations.camera_lost, 0),
             reason=reason,
             seconds=seconds,
             failure=failure,
@@ -377,8 +377,8 @@ def _check_autofocus(core: UniMMCore, sequence: MDASequence) -> None:
     """
     below = [one.sequence for one in sequence.stage_positions if one.sequence]
     plans = [level.autofocus_plan for level in (sequence, *below)]
-    wanted = {plan.autofocus_device_name for plan in plans if plan is not None}
-    if wanted <= {"rtfocus"} or core.getAutoFocusDevice():
+    devices = {plan.autofocus_device_name for plan in plans if plan is not None}
+    if devices <= {"rtfocus"} or core.getAutoFocusDevice():
         return
     msg = (
         "acquisition.mda: its autofocus_plan does not name 'rtfocus', and "

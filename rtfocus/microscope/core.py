@@ -99,8 +99,8 @@ def check_folders(folders: Sequence[Path], setting: str) -> None:
                 "holds the device adapters (mmgr_dal_*), usually Micro-Manager's own"
             )
             raise MicroscopeError(msg)
-        found = look_into(folder)
-        if found.count == 0:
+        adapters = look_into(folder)
+        if adapters.count == 0:
             msg = (
                 f"{setting}: '{folder}' holds no device adapter; looked for "
                 "*mmgr_dal_* libraries. Give the Micro-Manager folder, or run: "
@@ -108,12 +108,13 @@ def check_folders(folders: Sequence[Path], setting: str) -> None:
             )
             raise MicroscopeError(msg)
         wanted = required_interface()
-        if found.interface_version not in (None, wanted):
+        if adapters.interface_version not in (None, wanted):
             msg = (
                 f"adapters in '{folder}' have device interface version "
-                f"{found.interface_version}, this core needs {wanted}; get matching "
-                "ones (mmcore install, or a Micro-Manager of the same date) or a "
-                "pymmcore that fits them: its version has the interface as 4th number"
+                f"{adapters.interface_version}, this core needs {wanted}; get "
+                "matching ones (mmcore install, or a Micro-Manager of the same date) "
+                "or a pymmcore that fits them: its version has the interface as 4th "
+                "number"
             )
             raise MicroscopeError(msg)
 
@@ -129,11 +130,11 @@ def describe() -> list[Finding]:
 def _core() -> Finding:
     with bare_core() as core:
         release = core.getVersionInfo()
-    found = (
+    detail = (
         f"{release}, pymmcore-plus {version('pymmcore-plus')}, "
         f"needs adapters of device interface {required_interface()}"
     )
-    return Finding("Micro-Manager core", found)
+    return Finding("Micro-Manager core", detail)
 
 
 def _adapters() -> list[Finding]:
@@ -151,13 +152,13 @@ def _adapters() -> list[Finding]:
 
 
 def _judge(folder: AdapterFolder) -> Finding:
-    found = (
+    detail = (
         f"{folder.count} in {folder.path}, device interface {folder.interface_version}"
     )
     if folder.interface_version in (None, required_interface()):
-        return Finding(_ADAPTERS, found)
+        return Finding(_ADAPTERS, detail)
     remedy = f"adapters of device interface {required_interface()}: mmcore install"
-    return Finding(_ADAPTERS, found, remedy=remedy, needed=False)
+    return Finding(_ADAPTERS, detail, remedy=remedy, needed=False)
 
 
 def _test_adapters() -> Finding:
@@ -169,11 +170,11 @@ def _test_adapters() -> Finding:
     except (ImportError, PackageNotFoundError):
         return Finding(topic, "none", remedy=TEST_ADAPTERS_REMEDY, needed=False)
     folder = look_into(Path(mm_test_adapters.device_adapter_path()))
-    found = f"mm-test-adapters {release}, device interface {folder.interface_version}"
+    detail = f"mm-test-adapters {release}, device interface {folder.interface_version}"
     if folder.interface_version == required_interface():
-        return Finding(topic, found)
+        return Finding(topic, detail)
     remedy = f'pip install "mm-test-adapters=={required_interface()}.*"'
-    return Finding(topic, found, remedy=remedy, needed=False)
+    return Finding(topic, detail, remedy=remedy, needed=False)
 
 
 # A simulated camera has no reason to outrun whoever takes its frames: a backlog
@@ -267,7 +268,7 @@ def _load(core: PatientCore, config: Config) -> None:
         _set_properties(core, microscope.properties)
     elif isinstance(microscope, MicroManagerConfig):
         folders = microscope.adapter_paths or [
-            found.path for found in installed_folders()[:1]
+            installed.path for installed in installed_folders()[:1]
         ]
         if not folders:
             msg = (
@@ -416,7 +417,7 @@ def _ask(core: UniMMCore) -> Inventory:
 def _objective(core: UniMMCore) -> str:
     """Return the label of the turret that is called an objective, if there is one."""
     for device in core.getLoadedDevicesOfType(DeviceType.State):
-        said = f"{device} {core.getDeviceDescription(device)}".lower()
-        if "objective" in said or "nosepiece" in said:
+        description = f"{device} {core.getDeviceDescription(device)}".lower()
+        if "objective" in description or "nosepiece" in description:
             return str(core.getStateLabel(device))
     return ""

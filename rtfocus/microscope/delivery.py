@@ -257,7 +257,7 @@ class Delivery:
 
     def end(
         self,
-        seen: Observations,
+        observations: Observations,
         *,
         planned: int | None,
         not_acquired: int,
@@ -274,14 +274,14 @@ class Delivery:
         Exception
             `failure`, if there is one, or what the sink raises.
         """
-        told: dict[str, Any] = {
-            "camera_lost": seen.camera_lost,
+        ending: dict[str, Any] = {
+            "camera_lost": observations.camera_lost,
             "not_acquired": not_acquired,
             "warnings": warnings,
             "focus_log": focus_log,
         }
         try:
-            self._sink.end(reason, **told)
+            self._sink.end(reason, **ending)
         except Exception as error:
             if failure is None:
                 raise
@@ -295,10 +295,10 @@ class Delivery:
             planned=planned,
             reason=reason,
             seconds=seconds,
-            lateness=seen.lateness(),
-            most_waiting=seen.most_waiting,
-            least_free=seen.least_free,
-            **told,
+            lateness=observations.lateness(),
+            most_waiting=observations.most_waiting,
+            least_free=observations.least_free,
+            **ending,
         )
 
 

@@ -130,11 +130,11 @@ class SequenceEngine(MDAEngine):
             self.lose(missing)
         yield from [None] * missing
 
-    def _tell_of_silence(self, silent_s: float, came: int, planned: int) -> None:
+    def _tell_of_silence(self, silent_s: float, received: int, planned: int) -> None:
         msg = (
             f"camera '{self.mmcore.getCameraDevice()}' gave no image for {silent_s:g} "
-            f"s, after {came} of {planned} of a hardware sequence; check its trigger "
-            "and its connection"
+            f"s, after {received} of {planned} of a hardware sequence; check its "
+            "trigger and its connection"
         )
         if self.timeout_action == "raise":
             raise MicroscopeError(msg)
@@ -233,11 +233,11 @@ class RecordingEngine(SequenceEngine):
 
     def exec_single_event(self, event: useq.MDAEvent) -> Iterator[Payload]:
         """Expose one image; an exposure that failed is counted."""
-        came = False
+        has_image = False
         for payload in super().exec_single_event(event):
-            came = True
+            has_image = True
             yield payload
-        if not came:
+        if not has_image:
             self.lose(1)
 
 
@@ -295,7 +295,7 @@ class SetUps:
         steps = list(_steps(self._of(event) for event in image_events(sequence)))
         if not any(set_up.settings for _, set_up in steps):
             return None
-        found: dict[tuple[Geometry, str | None], tuple[int, SetUp]] = {}
+        kinds: dict[tuple[Geometry, str | None], tuple[int, SetUp]] = {}
         state: dict[tuple[str, str], str] = {}
         with self._left_as_it_is(steps):
             for number, set_up in steps:
@@ -306,10 +306,10 @@ class SetUps:
                 except MicroscopeError as error:
                     msg = f"image {number} of the plan, {set_up.origin}: {error}"
                     raise MicroscopeError(msg) from error
-                found.setdefault((geometry, self._calibration(state)), (number, set_up))
-        if len(found) > 1:
-            raise ConfigError(_difference(found))
-        return next(iter(found))[0]
+                kinds.setdefault((geometry, self._calibration(state)), (number, set_up))
+        if len(kinds) > 1:
+            raise ConfigError(_difference(kinds))
+        return next(iter(kinds))[0]
 
     def begin(self, sequence: useq.MDASequence) -> None:
         """Set up the channel and camera of the first event; stages stay.
@@ -424,11 +424,11 @@ def _steps(set_ups: Iterable[SetUp]) -> Iterator[tuple[int, SetUp]]:
     A preset sets some properties and leaves the others as the one before it did: what
     an event gets depends on where it comes from.
     """
-    seen: set[tuple[SetUp | None, SetUp]] = set()
+    yielded: set[tuple[SetUp | None, SetUp]] = set()
     before: SetUp | None = None
     for number, set_up in enumerate(set_ups):
-        if (before, set_up) not in seen:
-            seen.add((before, set_up))
+        if (before, set_up) not in yielded:
+            yielded.add((before, set_up))
             yield number, set_up
         before = set_up
 
@@ -437,10 +437,10 @@ def _settings(configuration: Iterable[tuple[str, str, str]]) -> tuple[Setting, .
     return tuple((str(d), str(p), str(v)) for d, p, v in configuration)
 
 
-def _difference(found: dict[tuple[Geometry, str | None], tuple[int, SetUp]]) -> str:
-    pixel_sizes = {calibration for _, calibration in found}
+def _difference(kinds: dict[tuple[Geometry, str | None], tuple[int, SetUp]]) -> str:
+    pixel_sizes = {calibration for _, calibration in kinds}
     parts = []
-    for (geometry, calibration), (number, set_up) in found.items():
+    for (geometry, calibration), (number, set_up) in kinds.items():
         scale = f", pixel size {calibration}" if len(pixel_sizes) > 1 else ""
         parts.append(f"{set_up.origin} (first at image {number}): {geometry}{scale}")
     return (

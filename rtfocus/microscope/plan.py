@@ -88,10 +88,10 @@ class Sites:
 
 def _named(well: str) -> Well:
     """Split a well's name: ``B3`` is row ``B``, column ``03``."""
-    found = re.fullmatch(r"([A-Za-z]+)(\d+)", well)
-    if found is None:
+    match = re.fullmatch(r"([A-Za-z]+)(\d+)", well)
+    if match is None:
         return Well(well, "01")
-    return Well(found[1], f"{int(found[2]):02d}")
+    return Well(match[1], f"{int(match[2]):02d}")
 
 
 def _well_of(position: useq.Position) -> Well | None:
@@ -190,7 +190,7 @@ def lay_out(sequence: useq.MDASequence) -> AcquisitionPlan:
 
 
 def _time_point(
-    sequence: useq.MDASequence, kept: int = 1
+    sequence: useq.MDASequence, count: int = 1
 ) -> tuple[useq.MDASequence, int]:
     """Return a plan of the first time points, and how often it makes the whole.
 
@@ -205,11 +205,11 @@ def _time_point(
         or any(channel.acquire_every != 1 for channel in sequence.channels)
         or isinstance(sequence.grid_plan, useq.RandomPoints)
         # Phases share a time point where they meet, and useq counts it twice.
-        or (number := sum(1 for _ in plan)) <= kept
+        or (number := sum(1 for _ in plan)) <= count
     ):
         return sequence, 1
-    first = useq.TIntervalLoops(interval=timedelta(0), loops=kept)
-    return sequence.replace(time_plan=first), number // kept
+    first = useq.TIntervalLoops(interval=timedelta(0), loops=count)
+    return sequence.replace(time_plan=first), number // count
 
 
 def walked(sequence: useq.MDASequence) -> Iterator[useq.MDAEvent]:
@@ -299,8 +299,8 @@ def _intervals_s(sequence: useq.MDASequence) -> tuple[float, ...]:
     plans = (level.time_plan for level in (sequence, *inner) if level is not None)
     phases = (phase for plan in plans for phase in getattr(plan, "phases", (plan,)))
     starts = (list(islice(phase or (), 2)) for phase in phases)
-    found = {round(one[1] - one[0], 6) for one in starts if len(one) > 1}
-    return tuple(sorted(found))
+    intervals = {round(one[1] - one[0], 6) for one in starts if len(one) > 1}
+    return tuple(sorted(intervals))
 
 
 def _refuse_doubles(places: NDArray[np.int32]) -> None:
@@ -319,7 +319,7 @@ def image_events(sequence: useq.MDASequence) -> Iterator[useq.MDAEvent]:
 
     One tile per grid: tiles set up nothing. Two of time points that are all alike.
     """
-    some = _without_grids(_time_point(sequence, kept=2)[0])
+    some = _without_grids(_time_point(sequence, count=2)[0])
     return filter(takes_image, walked(some))
 
 

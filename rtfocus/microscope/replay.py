@@ -197,11 +197,11 @@ def _position(image: ImageSeries, name: str, *, in_well: bool) -> Position:
 def _require_alike(described: list[tuple[ImageSeries, str]]) -> None:
     """Refuse images of which different things are said."""
     groups: dict[str, list[str]] = {}
-    for image, said in described:
-        groups.setdefault(said, []).append(image.path.name)
+    for image, description in described:
+        groups.setdefault(description, []).append(image.path.name)
     if len(groups) <= 1:
         return
-    parts = [f"{said}: {_named(files)}" for said, files in groups.items()]
+    parts = [f"{description}: {_named(files)}" for description, files in groups.items()]
     msg = (
         f"the images to replay differ: {'; '.join(parts)}. One series has one "
         "geometry: replay each kind in a run of its own (a pixel size alone can be "
@@ -222,8 +222,10 @@ def _digits(size_um: float | None) -> str:
 
 def _named(files: list[str]) -> str:
     """Name files, many of them by the first ones and their number."""
-    shown = ", ".join(list(dict.fromkeys(files))[:_MOST_NAMED])
-    return shown if len(files) <= _MOST_NAMED else f"{shown} ... ({len(files)} images)"
+    listed = ", ".join(list(dict.fromkeys(files))[:_MOST_NAMED])
+    return (
+        listed if len(files) <= _MOST_NAMED else f"{listed} ... ({len(files)} images)"
+    )
 
 
 _MOST_WARNINGS = 20
@@ -240,14 +242,14 @@ class Replay:
                 "file, an OME-Zarr or a folder"
             )
             raise InputError(msg)
-        found = find_images(replay.path)
-        self._unreadable = [broken.reason for broken in found.broken]
-        self._notes = [note for image in found.series for note in image.notes]
+        images = find_images(replay.path)
+        self._unreadable = [broken.reason for broken in images.broken]
+        self._notes = [note for image in images.series for note in image.notes]
         self._black, self._first_black = 0, ""
-        self._recording = Recording(found.series, config, repeats=replay.repeats)
+        self._recording = Recording(images.series, config, repeats=replay.repeats)
         self._recording.require_one_geometry(pixel_size_um=replay.pixel_size_um)
         # Of a file that cannot be opened, nobody knows how many planes it has.
-        self._planned = len(self._recording) + len(found.broken)
+        self._planned = len(self._recording) + len(images.broken)
         self._observations = Observations()
         self.series = self._describe(config)
         """What is announced."""
@@ -330,18 +332,18 @@ class Replay:
         return path.name
 
     def _warnings(self) -> tuple[str, ...]:
-        found = [*self._unreadable, *self._notes]
+        warnings = [*self._unreadable, *self._notes]
         if self._black:
             number = number_of(self._black, "frame")
             where = f"the first: {self._first_black}"
-            found.insert(
+            warnings.insert(
                 0,
                 f"{number} replayed with nothing but 0 (a run has 0 where "
                 f"no frame was recorded), {where}",
             )
-        said = dict.fromkeys(found)
-        more = len(said) - _MOST_WARNINGS
-        shown = list(said)[:_MOST_WARNINGS]
+        distinct = dict.fromkeys(warnings)
+        more = len(distinct) - _MOST_WARNINGS
+        shown = list(distinct)[:_MOST_WARNINGS]
         return (*shown, f"and {more} more") if more > 0 else tuple(shown)
 
     def _describe(self, config: Config) -> SeriesStart:

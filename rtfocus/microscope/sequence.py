@@ -59,7 +59,7 @@ def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
         raise ConfigError(msg)
     _refuse_impossible(given, origin)
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             # useq changes what it is given.
             sequence = useq.MDASequence.model_validate(copy.deepcopy(given))
@@ -73,15 +73,15 @@ def read_sequence(mda: dict[str, Any] | Path) -> useq.MDASequence:
         fault = unknown[0] if unknown else f"{origin} is no valid useq plan: "
         raise ConfigError(fault + ("" if unknown else _one_line(error))) from error
     faults = [*_unknown_keys(given, sequence, origin), *_ineffective(sequence, origin)]
-    faults += [f"{origin}: {text}" for text in _not_followed(said)]
+    faults += [f"{origin}: {text}" for text in _not_followed(caught)]
     if faults:
         raise ConfigError("; ".join(faults))
     return sequence
 
 
-def _not_followed(said: list[warnings.WarningMessage]) -> Iterator[str]:
+def _not_followed(caught: list[warnings.WarningMessage]) -> Iterator[str]:
     """Yield what useq warns of and does not follow; log the rest of its warnings."""
-    for warning in said:
+    for warning in caught:
         text = " ".join(str(warning.message).split())
         if "ignored" in text or "override" in text:
             yield text
@@ -125,11 +125,11 @@ def _is_kind(step: int | str) -> bool:
     return isinstance(step, str) and not step.islower()
 
 
-def _of_kinds_meant(found: list[ErrorDetails]) -> list[ErrorDetails]:
+def _of_kinds_meant(errors: list[ErrorDetails]) -> list[ErrorDetails]:
     """Keep the faults of the kinds of plan that were meant: useq tries every kind."""
-    for depth in range(max((len(one["loc"]) for one in found), default=0)):
+    for depth in range(max((len(one["loc"]) for one in errors), default=0)):
         tried: dict[Place, dict[str, list[ErrorDetails]]] = {}
-        for one in found:
+        for one in errors:
             if len(one["loc"]) > depth and _is_kind(step := one["loc"][depth]):
                 kinds = tried.setdefault(one["loc"][:depth], {})
                 kinds.setdefault(str(step), []).append(one)
@@ -137,12 +137,12 @@ def _of_kinds_meant(found: list[ErrorDetails]) -> list[ErrorDetails]:
             far = {name: _farness(name, kinds[name], depth) for name in kinds}
             nearest = min(far.values())
             others = {name for name in kinds if far[name] > nearest}
-            found = [
+            errors = [
                 one
-                for one in found
+                for one in errors
                 if one["loc"][:depth] != place or one["loc"][depth] not in others
             ]
-    return found
+    return errors
 
 
 def _farness(kind: str, faults: list[ErrorDetails], depth: int) -> tuple[int, int, int]:
@@ -227,7 +227,7 @@ def _number(sequence: useq.MDASequence, outer: dict[str, int], axes: str) -> int
 
 
 def _unknown_keys(
-    given: object, taken: BaseModel | type[BaseModel], path: str
+    given: object, parsed: BaseModel | type[BaseModel], path: str
 ) -> list[str]:
     """Say which keys a model would pass over in silence, with the nearest it has.
 
@@ -238,32 +238,32 @@ def _unknown_keys(
     ----------
     given
         As written: mappings, sequences and values.
-    taken
+    parsed
         What was made of it; its class where nothing could be made of it.
     path
         What the keys' paths begin with.
     """
-    kind, model = (taken, None) if isinstance(taken, type) else (type(taken), taken)
-    found = list(_unknown(given, [kind], model, path))
+    kind, model = (parsed, None) if isinstance(parsed, type) else (type(parsed), parsed)
+    unknown = list(_unknown(given, [kind], model, path))
     # A misspelt key may be why something else altogether is read.
-    return [fault for fault in found if fault.startswith("unknown")] or found
+    return [fault for fault in unknown if fault.startswith("unknown")] or unknown
 
 
 def _unknown(
-    given: object, kinds: list[Kind], taken: object, path: str
+    given: object, kinds: list[Kind], parsed: object, path: str
 ) -> Iterator[str]:
     if isinstance(given, list | tuple):
-        items = _items(taken, len(given)) or [None] * len(given)
+        items = _items(parsed, len(given)) or [None] * len(given)
         for number, (value, found) in enumerate(zip(given, items, strict=True)):
             yield from _unknown(value, kinds, found, f"{path}[{number}]")
         return
     if not isinstance(given, dict) or not kinds:
         return
-    kind = _meant(given, kinds, type(taken))
-    if isinstance(taken, BaseModel) and given.keys() <= _keys(type(taken)).keys():
-        kind = type(taken)
+    kind = _meant(given, kinds, type(parsed))
+    if isinstance(parsed, BaseModel) and given.keys() <= _keys(type(parsed)).keys():
+        kind = type(parsed)
     valid = _keys(kind)
-    if fault := _why_other_kind(given, kind, taken):
+    if fault := _why_other_kind(given, kind, parsed):
         yield f"'{path}' is no {kind.__name__}: {fault}"
         return
     for key, value in given.items():
@@ -271,19 +271,20 @@ def _unknown(
             meant = hint(str(key).lower(), [*valid], _NEAR)
             yield f"unknown key '{path}.{key}'; {meant}"
             continue
-        if isinstance(taken, BaseModel) and key not in _keys(type(taken)):
-            yield f"'{path}.{key}' is ignored: useq reads a {type(taken).__name__} here"
+        if isinstance(parsed, BaseModel) and key not in _keys(type(parsed)):
+            model = type(parsed).__name__
+            yield f"'{path}.{key}' is ignored: useq reads a {model} here"
             continue
         name = valid[key]
         if name is None or name in _FREE:
             continue
         below = models_in(kind.model_fields[name].annotation)
-        yield from _unknown(value, below, getattr(taken, name, None), f"{path}.{key}")
+        yield from _unknown(value, below, getattr(parsed, name, None), f"{path}.{key}")
 
 
-def _why_other_kind(given: dict[Any, Any], kind: Kind, taken: object) -> str | None:
+def _why_other_kind(given: dict[Any, Any], kind: Kind, parsed: object) -> str | None:
     """Return the fault of a plan that only useq's other kinds can read; None: none."""
-    if not isinstance(taken, BaseModel) or isinstance(taken, kind):
+    if not isinstance(parsed, BaseModel) or isinstance(parsed, kind):
         return None
     if not given.keys() <= _keys(kind).keys():  # told as unknown
         return None
@@ -306,14 +307,14 @@ def _meant(given: dict[object, object], kinds: list[Kind], taken: type) -> Kind:
     return min(kinds, key=strangers)
 
 
-def _items(taken: object, length: int) -> Sequence[object] | None:
+def _items(parsed: object, length: int) -> Sequence[object] | None:
     """Return what a list became: a sequence, or a model around one."""
-    if isinstance(taken, BaseModel):
-        inner = [getattr(taken, name) for name in type(taken).model_fields]
+    if isinstance(parsed, BaseModel):
+        inner = [getattr(parsed, name) for name in type(parsed).model_fields]
         lists = [v for v in inner if isinstance(v, list | tuple) and len(v) == length]
         return lists[0] if lists else None
-    if isinstance(taken, list | tuple) and len(taken) == length:
-        return taken
+    if isinstance(parsed, list | tuple) and len(parsed) == length:
+        return parsed
     return None
 
 

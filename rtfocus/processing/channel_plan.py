@@ -153,12 +153,12 @@ class ChannelPlan:
     @cached_property
     def engines(self) -> Mapping[str, str]:
         """Kind of engine to ``name@hash``, as in `FrameResult.engines`."""
-        found = {}
+        names = {}
         if self.classifier is not None:
-            found["classifier"] = identity(self.classifier.card)
+            names["classifier"] = identity(self.classifier.card)
         if self.restoration is not None:
-            found["restorer"] = self.restoration.identity
-        return found
+            names["restorer"] = self.restoration.identity
+        return names
 
     @cached_property
     def evidence(self) -> Evidence | None:
@@ -215,13 +215,13 @@ class ChannelPlan:
 
         `size_px` is their side; None: what 99 % of the light need.
         """
-        seen, optics = self.classifier, self.optics
-        assert seen is not None
+        classifier, optics = self.classifier, self.optics
+        assert classifier is not None
         assert optics is not None
-        levels, _ = parts(seen.card)
+        levels, _ = parts(classifier.card)
         lowest = 1 - levels.count if levels.signed else 1
         return {
-            level: compute_psf(optics, level * seen.step_um, size_px=size_px)
+            level: compute_psf(optics, level * classifier.step_um, size_px=size_px)
             for level in range(lowest, levels.count)
             if level
         }
@@ -247,11 +247,11 @@ def plan_channel(
         config.camera, series.shape, np.dtype(series.dtype), series.bit_depth
     )
     shape = tuple(series.shape)
-    name, wanted = config.engines_of(channel.name)
-    if not any_size and wanted.orientations > 1:
+    name, method = config.engines_of(channel.name)
+    if not any_size and method.orientations > 1:
         msg = "restoration.orientations is for images from files; leave it out of a run"
         raise ConfigError(msg)
-    as_it_is = restored_as_it_is(wanted, config.processing)
+    as_it_is = restored_as_it_is(method, config.processing)
     if as_it_is is not None:
         _refuse_cut_values(as_it_is, config, series)
     plan = ChannelPlan(
@@ -269,21 +269,21 @@ def plan_channel(
         )
         raise ConfigError(msg)
     compare_pixel_size(channel.name, optics, series.pixel_size_um)
-    found = find_classifier(name, config.processing.engine_folders)
+    engine = find_classifier(name, config.processing.engine_folders)
     check_fit(
-        found.card,
+        engine.card,
         optics,
         ignore=config.processing.ignore_optics,
         blind=config.processing.blind,
     )
     planner = _Planner(config.processing, optics, shape, camera.quantum)
-    restoration = as_it_is or planner.restoration(wanted, found)
+    restoration = as_it_is or planner.restoration(method, engine)
     one_pass = restoration is not None and restoration.way == "same_pass"
     return replace(
         plan,
         gain_e_per_count=config.camera.gain_e_per_count,
         optics=optics,
-        classifier=planner.classifier(found, restores=one_pass),
+        classifier=planner.classifier(engine, restores=one_pass),
         restoration=restoration,
         skipped="restoration.method is none" if restoration is None else None,
     )
@@ -297,9 +297,9 @@ def find_classifier(name: str, folders: Sequence[Path] = ()) -> FoundEngine:
     EngineError
         If there is none of that name, or it restores only; names those that find it.
     """
-    found = None if name in METHODS else find_engine(name, folders)
-    if found is not None and found.card.kind != "restorer":
-        return found
+    engine = None if name in METHODS else find_engine(name, folders)
+    if engine is not None and engine.card.kind != "restorer":
+        return engine
     able = [e.name for e in list_engines(folders) if e.card.kind != "restorer"]
     msg = (
         f"'{name}' restores and finds no defocus; processing.classifier and classify "
@@ -320,10 +320,10 @@ def restored_as_it_is(
     """Plan a restoration that needs neither levels nor optics; None: it needs them."""
     if settings.method in (*METHODS, "none"):
         return None
-    found = find_engine(settings.method, processing.engine_folders, METHODS)
-    if not found.card.sees_image_alone:
+    engine = find_engine(settings.method, processing.engine_folders, METHODS)
+    if not engine.card.sees_image_alone:
         return None
-    return RestorationPlan("whole_image", identity(found.card), settings, found)
+    return RestorationPlan("whole_image", identity(engine.card), settings, engine)
 
 
 def _refuse_cut_values(
@@ -348,13 +348,13 @@ class _Planner:
     shape: tuple[int, ...]
     quantum: float
 
-    def classifier(self, found: FoundEngine, *, restores: bool) -> ClassifierPlan:
+    def classifier(self, engine: FoundEngine, *, restores: bool) -> ClassifierPlan:
         """Plan a classifier or joint engine on whole frames."""
-        card = found.card
+        card = engine.card
         tiles = input_of(card)
         colours = restores and len(self.shape) == 3 and tiles.channels == 1
         return ClassifierPlan(
-            found=found,
+            found=engine,
             fit=fit_frame(tiles, (self.shape[0], self.shape[1])),
             step_um=step_um(card, self.optics, blind=self.processing.blind),
             quantum=self.quantum,
@@ -375,21 +375,21 @@ class _Planner:
         signed = restored_levels(classifier.card).signed
         if name in METHODS:
             return _classical(name, settings)
-        found = find_engine(name, given.engine_folders, METHODS)
-        card = found.card
+        engine = find_engine(name, given.engine_folders, METHODS)
+        card = engine.card
         if card.implementation.removeprefix("builtin:") in METHODS:
             return _classical(card.implementation.removeprefix("builtin:"), settings)
-        same = card.kind == "joint" and found.folder == classifier.folder
+        same = card.kind == "joint" and engine.folder == classifier.folder
         if not same:
             check_fit(card, self.optics, ignore=given.ignore_optics, blind=given.blind)
         own_pass, conditions = None, None
         way = _way_of(card, same=same)
         if way == "own_pass":
-            own_pass = self.classifier(found, restores=True)
+            own_pass = self.classifier(engine, restores=True)
         elif way != "same_pass":
             conditions = self._conditions(card, signed=signed)
         return RestorationPlan(
-            way, identity(card), settings, found, conditions, own_pass
+            way, identity(card), settings, engine, conditions, own_pass
         )
 
     def _conditions(self, card: EngineCard, *, signed: bool) -> Conditions:

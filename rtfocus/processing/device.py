@@ -104,9 +104,9 @@ class Job:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage by this machine's clock."""
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         yield
-        self.stage_ms[name] = (time.perf_counter() - begun) * 1e3
+        self.stage_ms[name] = (time.perf_counter() - start_s) * 1e3
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,10 +216,10 @@ def without_frames(error: BaseException) -> BaseException:
     """
     if not isinstance(error, RtfocusError):
         error.add_note("".join(traceback.format_exception(error)))
-    found: BaseException | None = error
-    while found is not None:
-        found.__traceback__ = None
-        found = found.__cause__ or found.__context__
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
     return error
 
 
@@ -242,13 +242,13 @@ def result_of(job: Job, restored: NDArray[Any] | None, device: str) -> FrameResu
     )
 
 
-def _stating(plan: ChannelPlan, found: DefocusMap) -> DefocusMap:
+def _stating(plan: ChannelPlan, defocus: DefocusMap) -> DefocusMap:
     """Return a map of the channel's classifier that says how far off it may be."""
     classifier = plan.classifier
     assert classifier is not None
     fits = classifier.found.card.deviation
     fit = fits.get("blind" if plan.processing.blind else "told")
-    return replace(found, stated_um=stated_um(found, fit, classifier.step_um))
+    return replace(defocus, stated_um=stated_um(defocus, fit, classifier.step_um))
 
 
 @dataclass(frozen=True, slots=True)

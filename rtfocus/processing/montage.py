@@ -195,8 +195,8 @@ class Montage:
 
     def present(self, labels: NDArray[np.int16]) -> list[int]:
         """Return the levels out of focus that any tile has, ascending."""
-        found = np.unique(self.tiles(labels))
-        return [int(level) for level in found[defocused(found)]]
+        levels = np.unique(self.tiles(labels))
+        return [int(level) for level in levels[defocused(levels)]]
 
     def region(self, labels: NDArray[np.int16], level: int) -> Region:
         """Return the smallest rectangle that holds every weight of a level."""
@@ -370,16 +370,16 @@ class FrameTiles:
         height, width = self.shape
         return result[:, halo : halo + height, halo : halo + width]
 
-    def defocus_um(self, found: DefocusMap, places: list[Place]) -> Image:
+    def defocus_um(self, defocus: DefocusMap, places: list[Place]) -> Image:
         """Return the mean defocus of every tile by what the classifier says.
 
         Its tiles out of focus count by their confidence, those around the
         restorer's own pixels; NaN where there is none.
         """
-        grid = found.grid
-        weights = np.where(defocused(found.level), found.confidence, 0)
+        grid = defocus.grid
+        weights = np.where(defocused(defocus.level), defocus.confidence, 0)
         weights = weights.astype(np.float32)
-        values = np.nan_to_num(found.defocus_um)
+        values = np.nan_to_num(defocus.defocus_um)
         result = np.full(len(places), np.nan, np.float32)
         down, across = self.near(grid)
         for index, (row, column) in enumerate(places):

@@ -158,12 +158,12 @@ def together(
     shapes
         Height and width of the transforms, per level.
     """
-    found: dict[tuple[int, ...], tuple[Region, tuple[int, int], list[int]]] = {}
+    groups: dict[tuple[int, ...], tuple[Region, tuple[int, int], list[int]]] = {}
     for level, region in regions.items():
         shape = shapes[level]
         key = (*region.rectangle, *shape)
-        found.setdefault(key, (region, shape, []))[2].append(level)
-    return list(found.values())
+        groups.setdefault(key, (region, shape, []))[2].append(level)
+    return list(groups.values())
 
 
 def transfer_function(psf: Image, shape: tuple[int, int]) -> Spectrum:
@@ -235,8 +235,8 @@ def noise_variance(image: Image, quantum: float = 0.0) -> float:
     if min(image.shape) < 2:
         return floor
     power = np.square(diagonal_detail(image)).ravel()
-    kept = max(1, int((1.0 - EDGES) * power.size))
-    return max(float(np.partition(power, kept - 1)[:kept].mean()), floor)
+    count = max(1, int((1.0 - EDGES) * power.size))
+    return max(float(np.partition(power, count - 1)[:count].mean()), floor)
 
 
 _ACCELERATED = "richardson_lucy_accelerated"
@@ -405,8 +405,8 @@ def richardson_lucy(
     height, width = patch_shape((signal.shape[-2], signal.shape[-1]), psf.shape)
     transfer = transfer_function(psf.astype(dtype), (height, width))
     back = [np.conj(transfer)] * iterations
-    begun = signal if start is None else start
-    return iterate(signal, transfer, back, shape=(height, width), start=begun)
+    first = signal if start is None else start
+    return iterate(signal, transfer, back, shape=(height, width), start=first)
 
 
 _LEAST_SIGMA_PX = 0.5

@@ -90,11 +90,11 @@ def open_restorer(
     if restoration.way == "by_tile":
         assert restoration.conditions is not None
         return TileNetworkRestorer(card, network, restoration.conditions, montage)
-    psfs, told = plan.band_levels()
+    psfs, conditions = plan.band_levels()
     return LearnedWienerRestorer(
         montage,
         psfs,
-        told,
+        conditions,
         network.run,
         tile_px=input_of(card).tile_px,
         halo_px=input_of(card).halo_px,

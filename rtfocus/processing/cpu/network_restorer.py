@@ -247,7 +247,7 @@ class LearnedWienerRestorer(LevelRestorer):
     ----------
     psfs
         PSF per level that is restored.
-    told
+    conditions
         What the network is told of tiles of each, axes (level, entry); None: nothing.
     tile_px
         Side of the tiles that the network sees, halo included.
@@ -263,7 +263,7 @@ class LearnedWienerRestorer(LevelRestorer):
         self,
         montage: Montage,
         psfs: Mapping[int, Image],
-        told: Image | None,
+        conditions: Image | None,
         predict: Predict,
         *,
         tile_px: int,
@@ -273,7 +273,9 @@ class LearnedWienerRestorer(LevelRestorer):
     ) -> None:
         super().__init__(network)
         self._montage = montage
-        self._told = {} if told is None else dict(zip(psfs, told, strict=True))
+        self._told = (
+            {} if conditions is None else dict(zip(psfs, conditions, strict=True))
+        )
         self._predict = predict
         self._tile_px = tile_px
         self._halo_px = halo_px

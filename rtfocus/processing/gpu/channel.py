@@ -102,28 +102,28 @@ class OpenChannel:
         self._opened.close()
 
     def _open(self) -> None:
-        seen, restoration = self.plan.classifier, self.plan.restoration
+        classifier, restoration = self.plan.classifier, self.plan.restoration
         if restoration is not None and restoration.way == "whole_image":
             msg = (
                 f"restoration {restoration.name} has steps around its network, which "
                 "only the CPU does; set processing.device: cpu"
             )
             raise EngineError(msg)
-        if seen is None:
+        if classifier is None:
             return
-        self.classifier = self._classifier(seen)
+        self.classifier = self._classifier(classifier)
         if restoration is not None:
             self.montage = self.plan.montage(self.classifier.grid)
             self.restorer = self._restorer(restoration, self.classifier, self.montage)
 
     def _network(
-        self, found: FoundEngine, most_px: int = 0
+        self, chosen: FoundEngine, most_px: int = 0
     ) -> tuple[GpuEngine, dict[str, Shape]]:
         """Load the network of an engine, and return the shapes of its inputs too."""
         settings = self.plan.processing.gpu
         ask = partial(
             gpu_request,
-            found,
+            chosen,
             self.plan.size,
             None if settings.precision == "auto" else settings.precision,
             tf32=settings.tf32,
@@ -135,13 +135,13 @@ class OpenChannel:
             settings.backend, ask, self._device, free_bytes, most_px
         )
         self._opened.callback(engine.close)
-        self.backends[found.name] = runs_on(engine)
+        self.backends[chosen.name] = runs_on(engine)
         return engine, {name: of.largest for name, of in request.inputs.items()}
 
-    def _classifier(self, seen: ClassifierPlan) -> FrameClassifier:
+    def _classifier(self, network_plan: ClassifierPlan) -> FrameClassifier:
         """Open a classifier or joint engine."""
         return FrameClassifier(
-            self._memory, *self._network(seen.found), seen, self._frame
+            self._memory, *self._network(network_plan.found), network_plan, self._frame
         )
 
     def _transfers(
@@ -234,14 +234,14 @@ class OpenChannel:
             own = seen.open_slot(memory)
             self._opened.callback(own.network.close)
         evidence, weighing = self.plan.evidence, None
-        asked = seen.plan.looks_twice or (apart and evidence is not None)
+        needs_labels = seen.plan.looks_twice or (apart and evidence is not None)
         if evidence is not None:
             weighing = Weighing(memory, evidence, frame=frame, grid=seen.grid)
         return JointRestorer(
             seen,
             Blending(memory, montage, frame),
             own=own,
-            labels=seen.allocate_maps(memory) if own and asked else None,
+            labels=seen.allocate_maps(memory) if own and needs_labels else None,
             weighing=weighing,
         )
 
@@ -262,15 +262,15 @@ class OpenChannel:
             iterations=iterations_of(settings),
         )
 
-    def _learned_wiener(self, found: FoundEngine, montage: Montage) -> FrameRestorer:
-        psfs, told = self.plan.band_levels()
-        engine, shapes = self._network(found, _LATTICE_PX)
-        side = input_of(found.card).tile_px
+    def _learned_wiener(self, chosen: FoundEngine, montage: Montage) -> FrameRestorer:
+        psfs, conditions = self.plan.band_levels()
+        engine, shapes = self._network(chosen, _LATTICE_PX)
+        side = input_of(chosen.card).tile_px
         restorer = LearnedWienerRestorer(
             self._transfers(psfs, dict.fromkeys(psfs, (side, side)), recorded=False),
             engine,
-            found.card,
-            told=told,
+            chosen.card,
+            conditions=conditions,
             montage=montage,
             frame=self._frame,
             shapes=shapes,
@@ -361,14 +361,14 @@ class ChannelSlot:
         self, restorer: FrameRestorer, frame: InFlight, piece: Piece
     ) -> Replayed:
         """Return a piece of the restoration, recorded at its second run."""
-        found = self._pieces.get(piece)
-        if found is None:
-            found = self._pieces[piece] = Replayed(
+        replayed = self._pieces.get(piece)
+        if replayed is None:
+            replayed = self._pieces[piece] = Replayed(
                 f"restoration of channel '{self.channel.plan.name}' {piece}",
                 lambda work: restorer.enqueue(work, frame, piece),
                 lambda work: self._off or restorer.why_not_capturable(work),
             )
-        return found
+        return replayed
 
     def _why_not_classify(self, work: Work) -> str | None:
         return (

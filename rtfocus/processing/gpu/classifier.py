@@ -64,10 +64,10 @@ class MapLayout:
         return {name: whole[name] for name in self._whole.names or ()}
 
 
-def defocus_map(grid: TileGrid, found: dict[str, NDArray[Any]]) -> DefocusMap:
+def defocus_map(grid: TileGrid, maps: dict[str, NDArray[Any]]) -> DefocusMap:
     """Make new arrays, axes (tile_y, tile_x), of a frame's maps on the host."""
     shaped = {
-        name: found[name].reshape(grid.rows, grid.columns).copy()
+        name: maps[name].reshape(grid.rows, grid.columns).copy()
         for name in (*FLOAT_MAPS, "level")
     }
     return DefocusMap(grid=grid, **shaped)
@@ -183,8 +183,8 @@ class FrameClassifier:
             (self.grid.rows * self.grid.columns,), np.uint8, "the background rule"
         )
         self._told = "" if card.condition is None else card.condition.name
-        told = plan.conditions
-        condition = None if told is None else told.unknown(1)
+        conditions = plan.conditions
+        condition = None if conditions is None else conditions.unknown(1)
         self._condition = (
             None if condition is None else memory.upload(condition, "the condition")
         )

@@ -355,7 +355,7 @@ class PatchRestorer(FrameRestorer):
 
 def _on_grid(axis: list[slice], step: int) -> NDArray[np.void]:
     """Return the pixels of every row or column of tiles, of which some are left out."""
-    found = np.zeros(step * len(axis), SPAN)
-    found["first"][::step] = [span.start for span in axis]
-    found["last"][::step] = [span.stop - 1 for span in axis]
-    return found
+    grid = np.zeros(step * len(axis), SPAN)
+    grid["first"][::step] = [span.start for span in axis]
+    grid["last"][::step] = [span.stop - 1 for span in axis]
+    return grid

@@ -103,18 +103,18 @@ class HostBuffers:
 
     def take(self, pixels: NDArray[Any], camera: CameraCorrection) -> NDArray[Any]:
         """Return pinned pixels without NaN and from 0 on: the same, or a copy."""
-        self.invalid = found = camera.find_invalid(pixels)
+        self.invalid = invalid = camera.find_invalid(pixels)
         self._pedestal = camera.pedestal(pixels)
         self._lifted_flags = None
         dtype = carried_as(pixels.dtype)
-        plain = found is None and not self._pedestal and pixels.dtype == dtype
+        plain = invalid is None and not self._pedestal and pixels.dtype == dtype
         if plain and self._pinned.is_pinned(pixels):
             return pixels
         if (staged := self._staged) is None:
             staged = self._staged = self._pinned.empty(pixels.shape, dtype)
         np.copyto(staged, pixels, casting="unsafe")
-        if found is not None:
-            fill(staged, found)
+        if invalid is not None:
+            fill(staged, invalid)
         if self._pedestal:
             staged += np.float32(self._pedestal)
             self._lifted_flags = camera.mark(pixels).flags

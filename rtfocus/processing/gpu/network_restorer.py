@@ -167,7 +167,7 @@ class Weighing:
         grid, cells, sides = self._grid, self._shares.count, self._frame.sides
         tiles = grid.rows, grid.columns, grid.origin_px, grid.stride_px
         given = signal, out, *sides, *self._sides, self._range
-        found = [maps[name] for name in (*FLOAT_MAPS, "level")]
+        defocus = [maps[name] for name in (*FLOAT_MAPS, "level")]
         self._percentiles.enqueue(work, signal, self._range)
         work.launch("evidence_cells", cells, *given, self._sums, self._powers)
         work.launch(
@@ -175,7 +175,7 @@ class Weighing:
             cells,
             self._sums,
             *self._sides,
-            *found,
+            *defocus,
             BACKGROUND,
             *tiles,
             self._step_um,
@@ -286,7 +286,7 @@ class LearnedWienerRestorer(FrameRestorer):
     ----------
     transfers
         Of transforms that hold a tile.
-    told
+    conditions
         What the network is told of tiles of each level, axes (level, entry); None:
         nothing.
     shapes
@@ -301,7 +301,7 @@ class LearnedWienerRestorer(FrameRestorer):
         engine: GpuEngine,
         card: EngineCard,
         *,
-        told: NDArray[np.float32] | None,
+        conditions: NDArray[np.float32] | None,
         montage: Montage,
         frame: FrameShape,
         shapes: Mapping[str, Shape],
@@ -324,9 +324,9 @@ class LearnedWienerRestorer(FrameRestorer):
         self._seen, self._log_snr = buffers[tiles.name], buffers[output_of(card).name]
         self._told: dict[int, DeviceArray] = {}
         self._condition: DeviceArray | None = None
-        if told is not None and card.condition is not None:
+        if conditions is not None and card.condition is not None:
             self._condition = buffers[card.condition.name]
-            for level, row in zip(transfers.psfs, told, strict=True):
+            for level, row in zip(transfers.psfs, conditions, strict=True):
                 rows = np.repeat(row[None].astype(np.float32), batch, axis=0)
                 self._told[level] = memory.upload(rows, "conditions")
         bands = self._log_snr.shape[1]

@@ -165,11 +165,11 @@ BETWEEN = np.dtype([("first", "<i4"), ("second", "<i4"), ("share", "<f4")])
 
 def spans(belongs: NDArray[np.bool_]) -> NDArray[np.void]:
     """Return the `SPAN` of the rows that belong to each column; axes (row, column)."""
-    found = np.empty(belongs.shape[1], SPAN)
-    found["first"] = np.where(belongs.any(axis=0), belongs.argmax(axis=0), 1)
-    found["last"] = len(belongs) - 1 - belongs[::-1].argmax(axis=0)
-    found["last"][~belongs.any(axis=0)] = 0
-    return found
+    result = np.empty(belongs.shape[1], SPAN)
+    result["first"] = np.where(belongs.any(axis=0), belongs.argmax(axis=0), 1)
+    result["last"] = len(belongs) - 1 - belongs[::-1].argmax(axis=0)
+    result["last"][~belongs.any(axis=0)] = 0
+    return result
 
 
 def neighbours(weights: NDArray[np.float32], step: int = 1) -> NDArray[np.void]:
@@ -183,11 +183,11 @@ def neighbours(weights: NDArray[np.float32], step: int = 1) -> NDArray[np.void]:
         Every how many tiles of the grid take part.
     """
     first = weights.astype(bool).argmax(axis=0)
-    found = np.empty(len(first), BETWEEN)
-    found["first"] = first * step
-    found["second"] = np.minimum(first + 1, len(weights) - 1) * step
-    found["share"] = 1 - np.take_along_axis(weights, first[None], axis=0)[0]
-    return found
+    result = np.empty(len(first), BETWEEN)
+    result["first"] = first * step
+    result["second"] = np.minimum(first + 1, len(weights) - 1) * step
+    result["share"] = 1 - np.take_along_axis(weights, first[None], axis=0)[0]
+    return result
 
 
 def spectrum_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -57,8 +57,8 @@ def why_driver_too_old(driver_release: int) -> str | None:
         If NVRTC cannot be loaded.
     """
     release = _release(load_library(NVRTC))
-    wanted = int(release.partition(".")[0])
-    if driver_release // 1000 >= wanted:
+    least = int(release.partition(".")[0])
+    if driver_release // 1000 >= least:
         return None
     serves = f"{driver_release // 1000}.{driver_release % 1000 // 10}"
     return (
@@ -154,8 +154,8 @@ _CODES = {"int": "i", "unsigned": "I", "float": "f", "double": "d", "long long":
 @cache
 def read_source() -> str:
     """Return the text of all kernels, ready for a compiler."""
-    rest = sorted(path for path in FOLDER.glob("*.cu") if path.name != _FIRST)
-    files = [FOLDER / _FIRST, *rest]
+    others = sorted(path for path in FOLDER.glob("*.cu") if path.name != _FIRST)
+    files = [FOLDER / _FIRST, *others]
     return "\n".join(
         f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}' for path in files
     )
