@@ -118,8 +118,8 @@ class Batch:
         return [
             unit
             for unit in plan.units
-            if (found := now.get((unit.path, unit.number))) is not None
-            and (found.content, found.facts) != (unit.content, unit.facts)
+            if (image := now.get((unit.path, unit.number))) is not None
+            and (image.content, image.facts) != (unit.content, unit.facts)
         ]
 
     def finish(self, plan: BatchPlan) -> list[tuple[Unit, Failure]]:
@@ -227,10 +227,10 @@ class Batch:
         """Write what was found in all images as JSON, as a table, or both."""
         for unit in plan.units:
             if unit.key not in failed:
-                found = read_state(self.ledger.findings(unit), Findings)
-                for row in (*found.planes, *found.stacks):
+                findings = read_state(self.ledger.findings(unit), Findings)
+                for row in (*findings.planes, *findings.stacks):
                     row["path"] = self._as_given(row["path"])
-                self.findings.add(found)
+                self.findings.add(findings)
         if not self.findings.planes:
             return  # nothing could be read: who calls says so
         numbers = self._numbers()
@@ -314,9 +314,9 @@ class ErrorMaps:
         if self._place is not None:
             self._found.setdefault(number, StatedErrors()).note(result)
 
-    def take(self, number: int, found: StatedErrors) -> None:
+    def take(self, number: int, stated: StatedErrors) -> None:
         """Take in all planes of an image."""
-        self._found[number] = found
+        self._found[number] = stated
 
     def write(self, images: ImageSet) -> None:
         """Write those of images that were restored, once all are."""
@@ -324,9 +324,9 @@ class ErrorMaps:
             return
         # In a folder every image has a target, which stays empty of a broken one.
         outputs = [
-            error_map(found, image, images.made(number))
+            error_map(stated, image, images.made(number))
             for number, image in enumerate(images.series)
-            if (found := self._found.get(number, StatedErrors())).is_of(image)
+            if (stated := self._found.get(number, StatedErrors())).is_of(image)
             or place.is_folder
         ]
         if outputs:
@@ -340,11 +340,11 @@ def error_map(
     grid = stated.grid
     if grid is None or not stated.is_of(image):
         return OutputImage(image, image.dtype, map(_not_restored, [image]))
-    found = [
+    maps = [
         np.frombuffer(plane, np.dtype("<f4")).reshape(grid.rows, grid.columns)
         for plane in stated.planes
     ]
-    shown = ContrastWindow(0.0, float(np.nan_to_num(found).max()) or 1.0)
+    window = ContrastWindow(0.0, float(np.nan_to_num(maps).max()) or 1.0)
     size_y, size_x = image.pixel_size_y_um or 0.0, image.pixel_size_x_um or 0.0
     stage, origin = image.stage or StagePosition(), grid.origin_px
     like = replace(
@@ -354,16 +354,16 @@ def error_map(
         pixel_size_y_um=round(grid.stride_px * size_y, 9) or None,
         pixel_size_x_um=round(grid.stride_px * size_x, 9) or None,
         stage=stage.moved(origin * size_y, origin * size_x),
-        channels=tuple(replace(one, window=shown) for one in image.channels),
+        channels=tuple(replace(one, window=window) for one in image.channels),
     )
-    told = {
+    facts = {
         "command": "restore --expected-error",
         "values": "root mean square over a tile, in counts",
         "tiles": f"of {grid.tile_px} px, every {grid.stride_px:g} px, the first "
         f"around {grid.origin_px:g} px from the middle of the first pixel",
         **made,
     }
-    return OutputImage(like, np.dtype("<f4"), iter(found), told)
+    return OutputImage(like, np.dtype("<f4"), iter(maps), facts)
 
 
 def _not_restored(image: ImageSeries) -> NDArray[np.float32]:
@@ -417,11 +417,11 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _is_one(found: FoundImages, job: BatchJob) -> bool:
+def _is_one(images: FoundImages, job: BatchJob) -> bool:
     """Tell whether the input is one thing, such as a Zarr, not a folder of files."""
     source = Path(job.source)
     return any(
         os.path.abspath(path) == os.path.abspath(source)
-        for series in found.series
+        for series in images.series
         for path in (series.path, *series.files)
     )

@@ -108,16 +108,17 @@ def focus_of_stack(
     >>> found.place, found.z
     ('within', 3.25)
     """
-    heights, found = np.asarray(z, np.float64), np.abs(np.asarray(distance, np.float64))
-    if heights.ndim != 1 or heights.shape != found.shape:
-        msg = f"{heights.shape} z for {found.shape} distances; give one for each plane"
+    heights = np.asarray(z, np.float64)
+    off_um = np.abs(np.asarray(distance, np.float64))
+    if heights.ndim != 1 or heights.shape != off_um.shape:
+        msg = f"{heights.shape} z for {off_um.shape} distances; give one for each plane"
         raise InputError(msg)
     if not np.isfinite(heights).all():
         msg = f"z has {heights[~np.isfinite(heights)][0]}; leave planes without one out"
         raise InputError(msg)
-    seen = np.isfinite(found)
-    order = np.argsort(heights[seen], kind="stable")
-    heights, roots = heights[seen][order], np.sqrt(found[seen][order])
+    known = np.isfinite(off_um)
+    order = np.argsort(heights[known], kind="stable")
+    heights, roots = heights[known][order], np.sqrt(off_um[known][order])
     places = np.unique(heights)
     if len(places) < LEAST_PLANES:
         why = f"{len(places)} planes with a specimen, {LEAST_PLANES} are needed"
@@ -327,7 +328,7 @@ def plane_row(
 ) -> dict[str, Any]:
     """Return what was found in a plane as plain values; unknown is None."""
     series, estimate = images.series[number], result.estimate
-    told = ("level", "defocus_um", "signed", "confidence")
+    keys = ("level", "defocus_um", "signed", "confidence")
     names, step = series.channel_names, series.z_step_um
     of_stack = None if step is None else round(index["z"] * step, 9)
     return {
@@ -338,7 +339,7 @@ def plane_row(
         "z_um": series.stage and (None if any(index.values()) else series.stage.z_um),
         "z_offset_um": of_stack if index["z"] else 0.0,
         "shape": list(series.shape),
-        "estimate": estimate and {name: getattr(estimate, name) for name in told},
+        "estimate": estimate and {name: getattr(estimate, name) for name in keys},
         "from_focus_planes": None,
         "from_focus_um": None,
         "foreground": estimate and estimate.foreground,
@@ -365,16 +366,16 @@ def image_row(series: ImageSeries) -> dict[str, str | int | None]:
     }
 
 
-def _shares(found: DefocusMap | None) -> dict[str, float | None]:
+def _shares(defocus: DefocusMap | None) -> dict[str, float | None]:
     """Return the share of tiles with specimen out of focus, and how far off they are.
 
     The deviation is the median of what the tiles state.
     """
     shares: dict[str, float | None] = {"out_of_focus": None, "uncertainty_um": None}
-    if found is not None and (there := found.level != BACKGROUND).any():
-        shares["out_of_focus"] = float(np.mean(found.level[there] != 0))
-        if found.stated_um is not None:
-            shares["uncertainty_um"] = float(np.median(found.stated_um[there]))
+    if defocus is not None and (there := defocus.level != BACKGROUND).any():
+        shares["out_of_focus"] = float(np.mean(defocus.level[there] != 0))
+        if defocus.stated_um is not None:
+            shares["uncertainty_um"] = float(np.median(defocus.stated_um[there]))
     return shares
 
 
@@ -395,22 +396,22 @@ def tile_rows(result: FrameResult) -> list[dict[str, float | int | str | None]]:
     return [] if result.defocus is None else list(_tile_rows(result.defocus))
 
 
-def _tile_rows(found: DefocusMap) -> Iterator[dict[str, float | int | str | None]]:
-    grid = found.grid
+def _tile_rows(defocus: DefocusMap) -> Iterator[dict[str, float | int | str | None]]:
+    grid = defocus.grid
     first = grid.origin_px - (grid.tile_px - 1) / 2
-    for row, column in np.ndindex(found.level.shape):
-        level = int(found.level[row, column])
+    for row, column in np.ndindex(defocus.level.shape):
+        level = int(defocus.level[row, column])
         empty = level == BACKGROUND
         yield {
             "y": max(0, round(first + row * grid.stride_px)),
             "x": max(0, round(first + column * grid.stride_px)),
             "level": None if empty else level,
             "label": "bg" if empty else str(level),
-            "probability": float(found.confidence[row, column]),
-            "defocus_um": None if empty else float(found.defocus_um[row, column]),
+            "probability": float(defocus.confidence[row, column]),
+            "defocus_um": None if empty else float(defocus.defocus_um[row, column]),
             "uncertainty_um": None
-            if empty or found.stated_um is None
-            else float(found.stated_um[row, column]),
+            if empty or defocus.stated_um is None
+            else float(defocus.stated_um[row, column]),
         }
 
 

@@ -56,9 +56,9 @@ def fractal_restore(
     if not suffix or Path(target.name) != Path(source.name + suffix):
         msg = f"suffix '{suffix}' is no end of a name; give one such as '_restored'"
         raise ConfigError(msg)
-    found = open_images(source)
-    if len(found) != 1:
-        msg = f"'{source}' holds {len(found)} images; give the group of one"
+    source_images = open_images(source)
+    if len(source_images) != 1:
+        msg = f"'{source}' holds {len(source_images)} images; give the group of one"
         raise InputError(msg)
     _refuse_foreign(target, overwrite=overwrite)
     settings = parse_config({})
@@ -68,8 +68,10 @@ def fractal_restore(
     is_old = not (source / "zarr.json").is_file()
     form = ZarrForm(version="0.4" if is_old else "0.5", pyramid=pyramid)
     # A group of its own, not a plate.
-    found = [replace(found[0], place=None)]
-    with ImageSet(settings, found, stated=stated, free_choice=engine is None) as images:
+    source_images = [replace(source_images[0], place=None)]
+    with ImageSet(
+        settings, source_images, stated=stated, free_choice=engine is None
+    ) as images:
         for line in images.assumptions():
             _log.warning("%s", line)
         planes = images.restored(0)

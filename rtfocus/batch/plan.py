@@ -153,8 +153,8 @@ def _states(place: Path) -> Iterator[tuple[str, int, int]]:
     below = [place] if not place.is_dir() else _files_below(place)
     for path in below:
         with suppress(OSError):  # gone: reading says so
-            found = path.stat()
-            yield str(path), found.st_size, found.st_mtime_ns
+            status = path.stat()
+            yield str(path), status.st_size, status.st_mtime_ns
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -380,8 +380,8 @@ class Ledger:
             if one.name not in known and not one.name.startswith(".rtfocus-")
         ]
         if foreign or (self.folder.exists() and not self.folder.is_dir()):
-            what = f"holds '{foreign[0]}'" if foreign else "is no folder"
-            msg = f"'{self.folder}' {what}; choose another output"
+            fault = f"holds '{foreign[0]}'" if foreign else "is no folder"
+            msg = f"'{self.folder}' {fault}; choose another output"
             raise OutputError(msg)
         # The plan first: what is left of the others then is of no batch.
         for one in (self.folder / "plan.json", *inside):

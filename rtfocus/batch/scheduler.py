@@ -336,11 +336,11 @@ class _Workers:
             self._known.add(address)
             there = versions["workers"][address]["packages"]
             if there["rtfocus"] != here["rtfocus"]:
-                found = f"rtfocus {there['rtfocus'] or 'not installed'}"
-                self._others[address] = found
+                version = f"rtfocus {there['rtfocus'] or 'not installed'}"
+                self._others[address] = version
                 self._on_note(
-                    f"worker {address} gets nothing: {found}, here {here['rtfocus']}; "
-                    "install the same there"
+                    f"worker {address} gets nothing: {version}, here "
+                    f"{here['rtfocus']}; install the same there"
                 )
             elif _minor(there["python"]) != _minor(here["python"]):
                 self._on_note(
@@ -351,13 +351,13 @@ class _Workers:
 
     def _lack(self) -> tuple[str, str]:
         """Say what worker is not there, and what to do."""
-        wanted = ",".join(f"{n}={x:g}" for n, x in self.resources.items())
+        resources = ",".join(f"{n}={x:g}" for n, x in self.resources.items())
         if self._scheduler.startswith("local"):
             return "no worker process is left", "is there enough memory?"
         start = f"start one: dask worker {self._scheduler} --nthreads 1"
-        if wanted:
-            start += f' --resources "{wanted}", or leave --resources away'
-            return f"no worker offers {wanted}", start
+        if resources:
+            start += f' --resources "{resources}", or leave --resources away'
+            return f"no worker offers {resources}", start
         if self._others:
             return "no worker has this rtfocus", start
         return "no worker takes images", start

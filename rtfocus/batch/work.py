@@ -131,8 +131,8 @@ class _Opened:
         at_work = _UnitAtWork(self._plan, unit, series, ledger)
         if job.command == "classify":
             tiles = job.table != job.output
-            found = find_in(images, 0, images.classified(0), with_tiles=tiles)
-            at_work.keep(ledger.findings(unit), found)
+            findings = find_in(images, 0, images.classified(0), with_tiles=tiles)
+            at_work.keep(ledger.findings(unit), findings)
             return images.doubts()
         image = images.outline(0, stretch=job.stretch)
         stated = StatedErrors()
@@ -172,8 +172,8 @@ class _Opened:
     def _listed(self, place: str, unit: Unit) -> ImageSeries | None:
         """Return the image of a unit among those of a place; None: it is not there."""
         same = [one for one in self._list(place) if str(one.path) == unit.path]
-        found = same[unit.number] if unit.number < len(same) else None
-        return found if found is not None and facts_of(found) == unit.facts else None
+        image = same[unit.number] if unit.number < len(same) else None
+        return image if image is not None and facts_of(image) == unit.facts else None
 
     def _list(self, place: str) -> list[ImageSeries]:
         if place not in self._sources:

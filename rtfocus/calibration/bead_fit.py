@@ -279,9 +279,9 @@ def calibrate_from_beads(
 def _window_half_px(stack: ZStack, start: OpticalSystem) -> int:
     """Half side of a bead's window: six rings of diffraction, within the image."""
     unit_um = start.wavelength_nm * 1e-3 / start.numerical_aperture
-    wanted = ceil(6.0 * unit_um / start.pixel_size_um)
+    half_px = ceil(6.0 * unit_um / start.pixel_size_um)
     room = (int(min(stack.planes.shape[1:])) - 1) // 2
-    return min(max(wanted, _LEAST_HALF_PX), _MOST_HALF_PX, max(room, 1))
+    return min(max(half_px, _LEAST_HALF_PX), _MOST_HALF_PX, max(room, 1))
 
 
 def _model(
@@ -314,11 +314,11 @@ def _visible(window: Image) -> NDArray[np.intp]:
     """Return the planes around the brightest one in which the bead can be seen."""
     rise = window.max(axis=(1, 2)) - np.median(window, axis=(1, 2))
     ground = float(np.percentile(rise, 10))
-    seen = rise > ground + _FAINTEST * (rise.max() - ground)
+    is_visible = rise > ground + _FAINTEST * (rise.max() - ground)
     first = last = int(np.argmax(rise))
-    while first > 0 and seen[first - 1]:
+    while first > 0 and is_visible[first - 1]:
         first -= 1
-    while last < len(seen) - 1 and seen[last + 1]:
+    while last < len(is_visible) - 1 and is_visible[last + 1]:
         last += 1
     return np.arange(first, last + 1)
 

@@ -259,14 +259,14 @@ def calibrate_from_pairs(
     )
 
 
-def _aperture_at(found: PsfFit, defocus_um: float) -> float:
+def _aperture_at(fit: PsfFit, defocus_um: float) -> float:
     """Interpolate the NA at which z is the given one, among equal signs of W.
 
     W = 0 has both signs: of two optima of one NA the better one counts.
     """
     by_aperture: dict[float, PairTrial] = {}
-    for optimum in found.local_optima:
-        if optimum.spherical_waves * found.best.spherical_waves >= 0:
+    for optimum in fit.local_optima:
+        if optimum.spherical_waves * fit.best.spherical_waves >= 0:
             by_aperture.setdefault(optimum.numerical_aperture, optimum)
     branch = sorted(by_aperture.values(), key=lambda one: abs(one.defocus_um))
     # The same blur needs z in proportion to 1 / NA^2: even steps in the logarithm.
@@ -274,20 +274,20 @@ def _aperture_at(found: PsfFit, defocus_um: float) -> float:
     return float(np.exp(np.interp(np.log(abs(defocus_um)), logs[:, 0], logs[:, 1])))
 
 
-def _warnings(found: PsfFit) -> list[str]:
-    gain_db = found.best.psnr_db - found.unblurred_psnr_db
+def _warnings(fit: PsfFit) -> list[str]:
+    gain_db = fit.best.psnr_db - fit.unblurred_psnr_db
     warnings = []
     if gain_db < _LEAST_GAIN_DB:
         warnings.append(
             f"the best PSF re-blurs only {gain_db:.2f} dB better than none: the "
             "defocused images are hardly blurred, or not the same fields"
         )
-    if found.sign_margin_db < _LEAST_MARGIN_DB:
+    if fit.sign_margin_db < _LEAST_MARGIN_DB:
         warnings.append(
-            f"the sign of W cannot be told ({found.sign_margin_db:.2f} dB): take W as "
+            f"the sign of W cannot be told ({fit.sign_margin_db:.2f} dB): take W as "
             "0 or give pairs farther from focus"
         )
-    low, high = found.spread("numerical_aperture")
+    low, high = fit.spread("numerical_aperture")
     if low < high:
         warnings.append(
             f"NA {low:.3g} to {high:.3g} fit equally well, each with its own z: a "
@@ -296,7 +296,7 @@ def _warnings(found: PsfFit) -> list[str]:
     return warnings
 
 
-def _figures(found: PsfFit, pairs: Sequence[ImagePair]) -> dict[str, Any]:
+def _figures(fit: PsfFit, pairs: Sequence[ImagePair]) -> dict[str, Any]:
     names = ("numerical_aperture", "defocus_um", "spherical_waves")
     return {
         "kind": "pairs",
@@ -305,27 +305,25 @@ def _figures(found: PsfFit, pairs: Sequence[ImagePair]) -> dict[str, Any]:
             for pair in pairs
         ],
         "data_range": pairs[0].full_scale,
-        "nominal_defocus_um": found.nominal_defocus_um,
-        "offset_of_nominal_um": round(found.system.defocus_offset_um, 4),
-        "best": found.best.numbers(),
-        "unblurred_psnr_db": round(found.unblurred_psnr_db, 3),
-        "sign_margin_db": round(found.sign_margin_db, 3),
-        "equally_good": found.equally_good(names),
-        "optima": [trial.numbers() for trial in found.local_optima],
+        "nominal_defocus_um": fit.nominal_defocus_um,
+        "offset_of_nominal_um": round(fit.system.defocus_offset_um, 4),
+        "best": fit.best.numbers(),
+        "unblurred_psnr_db": round(fit.unblurred_psnr_db, 3),
+        "sign_margin_db": round(fit.sign_margin_db, 3),
+        "equally_good": fit.equally_good(names),
+        "optima": [trial.numbers() for trial in fit.local_optima],
     }
 
 
-def _panels(found: PsfFit, pairs: Sequence[ImagePair]) -> list[Panel]:
-    best, pair = found.best, pairs[0]
-    psf = compute_psf(found.system, found.nominal_defocus_um)
+def _panels(fit: PsfFit, pairs: Sequence[ImagePair]) -> list[Panel]:
+    best, pair = fit.best, pairs[0]
+    psf = compute_psf(fit.system, fit.nominal_defocus_um)
     half_px = psf_radius_px(psf, 0.98)
-    fitted = compute_psf(
-        found.system, found.nominal_defocus_um, size_px=2 * half_px + 1
-    )
+    fitted = compute_psf(fit.system, fit.nominal_defocus_um, size_px=2 * half_px + 1)
     same = [one for one in pairs if one.sharp.shape == pair.sharp.shape]
     measured = measure_psf([(p.sharp, p.defocused) for p in same], half_px=half_px)
     reblurred = best.gain * blur(pair.sharp, psf) + best.offset
-    peak, pixel_um = float(fitted.max()), found.system.pixel_size_um
+    peak, pixel_um = float(fitted.max()), fit.system.pixel_size_um
     return [
         grey("sharp", pair.sharp, pixel_um),
         grey("defocused", pair.defocused, pixel_um),
@@ -338,14 +336,14 @@ def _panels(found: PsfFit, pairs: Sequence[ImagePair]) -> list[Panel]:
         ),
         psf_panel("PSF measured", measured, pixel_um, peak),
         psf_panel(f"PSF fitted, z {best.defocus_um:.1f} um", fitted, pixel_um, peak),
-        _valley(found, pair),
+        _valley(fit, pair),
     ]
 
 
-def _valley(found: PsfFit, pair: ImagePair) -> Panel:
+def _valley(fit: PsfFit, pair: ImagePair) -> Panel:
     """Show how well NA (down) and z (right) re-blur one pair, W as fitted."""
-    best = found.best
-    base = replace(found.system, defocus_offset_um=0.0)
+    best = fit.best
+    base = replace(fit.system, defocus_offset_um=0.0)
     limit = LARGEST_APERTURE * base.refractive_index
     apertures = np.minimum(_VALLEY_APERTURES * best.numerical_aperture, limit)
     reblurring = refusing(

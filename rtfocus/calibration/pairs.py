@@ -322,14 +322,14 @@ class Reblurring:
     ) -> tuple[float, float, float]:
         """Return gain, offset and PSNR in dB over all pixels of all pairs."""
         values = np.concatenate([image.ravel() for image in blurred])
-        wanted = np.concatenate([pair.defocused.ravel() for pair in pairs])
+        target = np.concatenate([pair.defocused.ravel() for pair in pairs])
         gain, offset = 1.0, 0.0
         if self._fit_intensity:
-            mean = values.mean(dtype=np.float64), wanted.mean(dtype=np.float64)
+            mean = values.mean(dtype=np.float64), target.mean(dtype=np.float64)
             centred = values - np.float32(mean[0])
-            gain = float(np.vdot(centred, wanted) / np.vdot(centred, centred))
+            gain = float(np.vdot(centred, target) / np.vdot(centred, centred))
             offset = float(mean[1] - gain * mean[0])
-        error = values * np.float32(gain) + np.float32(offset) - wanted
+        error = values * np.float32(gain) + np.float32(offset) - target
         mse = float(np.mean(np.square(error), dtype=np.float64))
         return gain, offset, 10.0 * log10(self._data_range**2 / max(mse, 1e-12))
 
@@ -384,8 +384,8 @@ def with_astigmatism(reblurring: Reblurring, start: PairTrial) -> PairTrial:
 
     origin = np.array([1.0, 0.0, 0.0, 0.0])
     simplex = np.vstack([origin, origin + np.diag([0.03, 1.0, 1.0, 1.0])])
-    found = follow_down(attempt, simplex, _TRIALS, (0.02, 2e-3))
-    return max(start, found, key=quality)
+    best = follow_down(attempt, simplex, _TRIALS, (0.02, 2e-3))
+    return max(start, best, key=quality)
 
 
 def _descend(

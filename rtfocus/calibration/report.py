@@ -127,8 +127,8 @@ def psf_panel(
     With `z_um` it is a section: the rows are planes, at these distances from focus.
     """
     highest = float(psf.max() if peak is None else peak)
-    shown = (np.maximum(psf, 0.0) / max(highest, 1e-30)) ** _GAMMA
-    pixels = enlarge(shown, (SHOWN_PX, SHOWN_PX))
+    brightness = (np.maximum(psf, 0.0) / max(highest, 1e-30)) ** _GAMMA
+    pixels = enlarge(brightness, (SHOWN_PX, SHOWN_PX))
     unit = "root of peak"
     if z_um is not None:
         x, y = _section_axes(psf.shape[1], pixel_um, z_um)
@@ -267,14 +267,16 @@ REPORT_NAMES = (CONFIG_NAME, FIGURES_NAME, PICTURE_NAME)
 _COLUMNS = 3
 
 
-def write_calibration(folder: Path, found: Calibration, *, channel: str) -> list[Path]:
+def write_calibration(
+    folder: Path, calibration: Calibration, *, channel: str
+) -> list[Path]:
     """Write a calibration and return the paths written.
 
     Parameters
     ----------
     folder
         Made if needed; files of an earlier calibration are replaced.
-    found
+    calibration
         What to write.
     channel
         Name of the channel in the config: ``channels`` of ``optics.yaml`` is one
@@ -286,31 +288,34 @@ def write_calibration(folder: Path, found: Calibration, *, channel: str) -> list
         If the disk refuses it.
     """
     figures = {
-        "statement": found.statement,
-        "warnings": list(found.warnings),
-        "optics": asdict(found.system),
-        **found.figures,
+        "statement": calibration.statement,
+        "warnings": list(calibration.warnings),
+        "optics": asdict(calibration.system),
+        **calibration.figures,
     }
     paths = [folder / name for name in REPORT_NAMES]
     with writing(folder, OutputError):
         folder.mkdir(parents=True, exist_ok=True)
-        paths[0].write_text(config_text(found, channel=channel), encoding="utf-8")
+        paths[0].write_text(config_text(calibration, channel=channel), encoding="utf-8")
         paths[1].write_text(
             json.dumps(figures, indent=1, allow_nan=False), encoding="utf-8"
         )
-        save_panels(paths[2], found.panels, columns=_COLUMNS)
+        save_panels(paths[2], calibration.panels, columns=_COLUMNS)
     return paths
 
 
-def config_text(found: Calibration, *, channel: str) -> str:
+def config_text(calibration: Calibration, *, channel: str) -> str:
     """Return the YAML of one channel, its comment saying how it was found."""
-    entry = {"name": channel, "optics": optics_block(found.system)}
+    entry = {"name": channel, "optics": optics_block(calibration.system)}
     data = {"channels": [entry]}
     # What is written must load: the same check as for a config by hand.
     parse_config(data, origin="fitted optics")
-    said = [found.statement, *(f"Doubtful: {w}." for w in found.warnings)]
+    comments = [
+        calibration.statement,
+        *(f"Doubtful: {w}." for w in calibration.warnings),
+    ]
     comment = "\n".join(
-        fill(text, 78, initial_indent="# ", subsequent_indent="# ") for text in said
+        fill(text, 78, initial_indent="# ", subsequent_indent="# ") for text in comments
     )
     return f"{comment}\n{yaml.safe_dump(data, sort_keys=False)}"
 

@@ -90,11 +90,11 @@ class Fit(Generic[T]):
 
     def ranges(self, labels: Mapping[str, str]) -> str:
         """Say which values are equally good; `labels` are parameters by label."""
-        said = ", ".join(
+        text = ", ".join(
             "{} {:.3g} to {:.3g}".format(label, *self.spread(name))
             for label, name in labels.items()
         )
-        return f"Equally good within {self.tolerance_db:g} dB: {said}"
+        return f"Equally good within {self.tolerance_db:g} dB: {text}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,7 +380,7 @@ def fit_through_focus(
     count = len(model.z_um)
     every, few = tuple(range(count)), spread_out(count, _SEARCH_PLANES)
     coarse = sorted(search.grid(few), key=quality, reverse=True)
-    found = []
+    fits = []
     for sign in (-1.0, 1.0):
         # W = 0 has both signs.
         starts = [trial for trial in coarse if trial.spherical_waves * sign >= 0.0]
@@ -389,8 +389,8 @@ def fit_through_focus(
             for trial in starts[:_SEARCH_STARTS]
         ]
         lowest = max(valleys, key=quality)
-        found.append(search.descend(lowest, every, _TRIALS, sign=sign))
-    best, mirrored = sorted(found, key=quality, reverse=True)
+        fits.append(search.descend(lowest, every, _TRIALS, sign=sign))
+    best, mirrored = sorted(fits, key=quality, reverse=True)
     profile = [best]
     if fit_aperture:
         profile += [

@@ -47,7 +47,7 @@ def _run() -> int:
     """Run the command and translate how it ended; return its exit code."""
     from rtfocus.cli.endings import Interrupted, ended_by_signals, tell
 
-    with ended_by_signals() as asked:
+    with ended_by_signals() as ending:
         try:
             from rtfocus.cli.commands import app
 
@@ -56,11 +56,11 @@ def _run() -> int:
             return _say_interrupted()
         except SystemExit as end:
             # What interrupts it amid the words of the line typer ends without a word.
-            if end.code == _INTERRUPTED and asked.is_set():
+            if end.code == _INTERRUPTED and ending.is_set():
                 return _say_interrupted()
             raise
         except Exception as error:
-            return tell(error, was_interrupted=asked.is_set())
+            return tell(error, was_interrupted=ending.is_set())
     return 0
 
 

@@ -283,9 +283,9 @@ def _finish(batch: Batch, plan: BatchPlan, remedy: str) -> None:
     done = len(plan.units) - len(missing)
     word = "restored" if job.command == "restore" else "classified"
     if delivered and done:
-        what = f"{number_of(planes, 'plane')} of {number_of(done, 'image')}"
+        number = f"{number_of(planes, 'plane')} of {number_of(done, 'image')}"
         places = dict.fromkeys([job.output, job.table or job.output])
-        typer.echo(f"{word} {what} to {' and '.join(places)}")
+        typer.echo(f"{word} {number} to {' and '.join(places)}")
         for line in told_of(batch.findings, each=False):
             typer.echo(line)
         if job.expected_error is not None:

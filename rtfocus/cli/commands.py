@@ -147,8 +147,8 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401
         """Find the command that is called and load it."""
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, command if name is None else load(name), rest
+        name, command, resolved = super().resolve_command(ctx, args)
+        return name, command if name is None else load(name), resolved
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
         """Run the command; typer would end an interrupt without a word."""
@@ -437,9 +437,9 @@ def keys(
     """
     from rtfocus.transport.sockets import create_keys
 
-    made = create_keys(folder)
+    path = create_keys(folder)
     typer.echo(
-        f"keys in '{made}'; set transport.curve_keys to this folder on both sides.\n"
+        f"keys in '{path}'; set transport.curve_keys to this folder on both sides.\n"
         "microscope side:  server.key_secret, clients/client.key\n"
         "processor:        client.key_secret, server.key\n"
         "viewers:          client.key_secret, client.key\n"

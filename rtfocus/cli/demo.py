@@ -99,11 +99,11 @@ def _compare(settings: Config, run: Path) -> None:
         for name in ("raw", "restored", "defocus")
     )
     last = raw.sizes["t"] - 1
-    shown = [series.read(t=last) for series in (raw, restored, defocus)]
+    images = [series.read(t=last) for series in (raw, restored, defocus)]
     truth = specimen.truth(float(trace.z_um[-1]), time_s=float(trace.seconds[-1]))
-    _save_picture(run, shown, truth, trace, optics)
+    _save_picture(run, images, truth, trace, optics)
     console = ReportConsole()
-    console.print(_figures(shown, truth, optics))
+    console.print(_figures(images, truth, optics))
     console.print(trace.in_words(optics))
     console.print(f"picture: {run / PICTURE_NAME}")
 
@@ -260,22 +260,22 @@ def _detail(image: NDArray[np.generic]) -> NDArray[np.generic]:
     return enlarge(piece, (height, width // 2))
 
 
-def _figures(shown: list[NDArray[Any]], truth: Truth, optics: OpticalSystem) -> str:
+def _figures(images: list[NDArray[Any]], truth: Truth, optics: OpticalSystem) -> str:
     """Say how far raw and restored are from the truth, and the map from the surface."""
-    raw, restored, defocus = shown
+    raw, restored, defocus = images
     sharp = match_intensity(raw, truth.sharp)
     span = float(np.ptp(sharp))
     before, after = (
         psnr(sharp, match_intensity(sharp, image), data_range=span)
         for image in (raw, restored)
     )
-    found = np.abs(np.asarray(enlarge(defocus, truth.defocus_um.shape), np.float64))
-    tissue = ~np.isnan(found)
+    distance = np.abs(np.asarray(enlarge(defocus, truth.defocus_um.shape), np.float64))
+    tissue = ~np.isnan(distance)
     true = np.abs(truth.defocus_um)[tissue]
-    error = float(np.mean(np.abs(found[tissue] - true)))
+    error = float(np.mean(np.abs(distance[tissue] - true)))
     return (
         f"restored {after:.1f} dB against raw {before:.1f} dB (PSNR to the truth after "
         f"matching gain and offset, range {span:.0f} counts); defocus map against "
-        f"the surface: correlation {pearson(true, found[tissue]):.2f}, mean error "
+        f"the surface: correlation {pearson(true, distance[tissue]):.2f}, mean error "
         f"{error:.1f} um (depth of field {optics.defocus_unit_um:.1f} um)"
     )

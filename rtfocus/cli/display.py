@@ -337,32 +337,32 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
-def told_of(found: "Findings", *, each: bool) -> Iterator[str]:
+def told_of(findings: "Findings", *, each: bool) -> Iterator[str]:
     """Say, line by line, what ``classify`` found in planes and in stacks.
 
     Parameters
     ----------
-    found
+    findings
         As in its JSON.
     each
         Say it of every plane, unless they are many: then how many are out of focus,
         and which are the farthest from it.
     """
-    yield from _planes_told(found.planes, each=each)
-    yield from _stacks_told(found.stacks, each=each)
+    yield from _planes_told(findings.planes, each=each)
+    yield from _stacks_told(findings.stacks, each=each)
 
 
 def _planes_told(rows: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator[str]:
     if len(rows) <= _MOST_PLANES_TOLD:
         yield from (_told(row) for row in rows if each)
         return
-    told = [row for row in rows if row["estimate"] is not None]
-    off = [row for row in told if row["estimate"]["level"]]
+    estimated = [row for row in rows if row["estimate"] is not None]
+    off = [row for row in estimated if row["estimate"]["level"]]
     counts = {
         "out of focus": len(off),
-        "in focus": sum(row["estimate"]["level"] == 0 for row in told),
-        "background": sum(row["estimate"]["level"] is None for row in told),
-        "without an estimate": len(rows) - len(told),
+        "in focus": sum(row["estimate"]["level"] == 0 for row in estimated),
+        "background": sum(row["estimate"]["level"] is None for row in estimated),
+        "without an estimate": len(rows) - len(estimated),
     }
     known = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
     yield f"{len(rows)} planes: {known}"
@@ -397,17 +397,17 @@ def _stack_told(stack: Mapping[str, Any]) -> str:
     if stack["place"] == "within":
         um = stack["focus_offset_um"]
         beyond = "" if um is None else f", {um:.4g} um from the first"
-        said = f"in focus at plane {stack['focus_plane']:.1f} of 0 to {last}{beyond}"
-        said += f" (likely {max(low, 0):.1f} to {min(high, last):.1f})"
+        text = f"in focus at plane {stack['focus_plane']:.1f} of 0 to {last}{beyond}"
+        text += f" (likely {max(low, 0):.1f} to {min(high, last):.1f})"
     elif stack["place"] == "below":
-        said = f"in focus at its first planes, to {high:.1f} of {last}, or before them"
+        text = f"in focus at its first planes, to {high:.1f} of {last}, or before them"
     elif stack["place"] == "above":
-        said = f"in focus at its last planes, from {low:.1f} of {last}, or after them"
+        text = f"in focus at its last planes, from {low:.1f} of {last}, or after them"
     else:
-        said = f"where it is in focus is not known: {stack['why']}"
+        text = f"where it is in focus is not known: {stack['why']}"
     if stack["assumed"]:
-        said = f"if its planes are a z-stack: {said}"
-    return f"{stack['path']} ({stack['name']} {index}): {said}"
+        text = f"if its planes are a z-stack: {text}"
+    return f"{stack['path']} ({stack['name']} {index}): {text}"
 
 
 def _worst_wells(
@@ -435,7 +435,7 @@ def _in_words(estimate: dict[str, Any] | None) -> str:
         return "no estimate"
     if estimate["level"] is None:
         return "background"
-    found = f"{estimate['defocus_um']:+.1f} um"
+    distance = f"{estimate['defocus_um']:+.1f} um"
     if not estimate["signed"]:
-        found = f"{estimate['defocus_um']:.1f} um from focus"
-    return f"level {estimate['level']}, {found} ({estimate['confidence']:.0%} sure)"
+        distance = f"{estimate['defocus_um']:.1f} um from focus"
+    return f"level {estimate['level']}, {distance} ({estimate['confidence']:.0%} sure)"

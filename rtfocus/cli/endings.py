@@ -101,14 +101,14 @@ def ended_by_signals() -> Iterator[threading.Event]:
 
     Yields an event that is set by the first.
     """
-    asked = _Asked()
+    ending = _Asked()
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        asked.set()
+        ending.set()
         raise KeyboardInterrupt
 
     with _handled(("SIGINT", *_OTHERS), interrupt), closing_console(_interrupt_main):
-        yield asked
+        yield ending
 
 
 def stop_at_end_of_input(stop: threading.Event) -> None:

@@ -87,13 +87,13 @@ def _tensors(card: EngineCard) -> Iterator[Row]:
         yield "levels", f"{range_um}, {signed}"
 
 
-def _files(found: FoundEngine) -> tuple[list[Row], bool]:
+def _files(engine: FoundEngine) -> tuple[list[Row], bool]:
     """Describe every weights file; second: whether one is not in order."""
     rows: list[Row] = []
     damaged = False
-    for precision in found.card.files:
+    for precision in engine.card.files:
         try:
-            path = verified_file(found.folder, found.card, precision)
+            path = verified_file(engine.folder, engine.card, precision)
             size = path.stat().st_size / 1e6
             said = f"{path.name}, {size:.2f} MB, sha256 as on the card"
         except EngineError as error:
@@ -102,8 +102,8 @@ def _files(found: FoundEngine) -> tuple[list[Row], bool]:
     return rows, damaged
 
 
-def _cost(found: FoundEngine) -> Iterator[Row]:
-    if (count := multiply_adds_per_pixel(found)) is not None:
+def _cost(engine: FoundEngine) -> Iterator[Row]:
+    if (count := multiply_adds_per_pixel(engine)) is not None:
         yield "multiply-adds", f"{count:,.0f} per pixel"
 
 
@@ -182,10 +182,10 @@ def show_list(folder: FolderOption = None) -> None:
     for column in ("name", "kind", "implementation", "weights"):
         table.add_column(column, overflow="fold")
     places: dict[Path, list[str]] = {}
-    for found in list_engines(folder or ()):
-        weights = ", ".join(found.card.files) or "none"
-        table.add_row(found.name, found.card.kind, found.card.implementation, weights)
-        places.setdefault(found.folder.parent, []).append(found.name)
+    for engine in list_engines(folder or ()):
+        card, weights = engine.card, ", ".join(engine.card.files) or "none"
+        table.add_row(engine.name, card.kind, card.implementation, weights)
+        places.setdefault(engine.folder.parent, []).append(engine.name)
     Console().print(table)
     # Below the table, where no path is broken in two.
     for place, names in places.items():
@@ -209,18 +209,18 @@ def info(
 
     [bold]Example:[/] rtfocus engines info delpnet --config demo
     """
-    found = find_engine(name, folder or ())
-    card = found.card
-    files, damaged = _files(found)
+    engine = find_engine(name, folder or ())
+    card = engine.card
+    files, damaged = _files(engine)
     rows = [
-        ("name", found.name),
-        ("folder", str(found.folder)),
+        ("name", engine.name),
+        ("folder", str(engine.folder)),
         ("kind", card.kind),
         ("implementation", card.implementation),
         *([("description", card.description)] if card.description else ()),
         *_tensors(card),
         *files,
-        *(() if damaged else _cost(found)),
+        *(() if damaged else _cost(engine)),
         *_optics(card, config),
         *_runtimes(card),
         *_history(card),
@@ -259,9 +259,9 @@ def add(
     """
     from rtfocus.sharing.admission import PROOF, add_model
 
-    found = add_model(source, name=name, values=values, tell=typer.echo)
-    typer.echo(f"added {found.card.kind} '{found.name}' in {found.folder}")
-    if (steps := found.card.steps) is not None and PROOF in found.card.figures:
+    added = add_model(source, name=name, values=values, tell=typer.echo)
+    typer.echo(f"added {added.card.kind} '{added.name}' in {added.folder}")
+    if (steps := added.card.steps) is not None and PROOF in added.card.figures:
         typer.echo(f"its test tensors reproduce; its values: {VALUES[steps.values]}")
 
 
@@ -301,11 +301,11 @@ def export_model(
     """
     from rtfocus.sharing.export import export_bioimageio
 
-    found = find_engine(name, folder or ())
+    engine = find_engine(name, folder or ())
     written = export_bioimageio(
-        found, output, authors=author, cite=cite, licence=licence, overwrite=overwrite
+        engine, output, authors=author, cite=cite, licence=licence, overwrite=overwrite
     )
-    typer.echo(f"exported {found.card.kind} '{found.name}' to {written}")
+    typer.echo(f"exported {engine.card.kind} '{engine.name}' to {written}")
 
 
 Backend = Literal["auto", "tensorrt", "tensorrt_rtx"]
@@ -356,19 +356,19 @@ def build(
     shape = _shape(frame)
     library, device, target = _target(backend, gpu, capability)
     pixels = pixels_at_once(device)
-    for found in _chosen(name):
+    for engine in _chosen(name):
         most: dict[str, Any] = {"tiles_per_batch": tiles_per_batch, "pixels": pixels}
-        request = gpu_request(found, shape, precision, tf32=tf32, **most)
+        request = gpu_request(engine, shape, precision, tf32=tf32, **most)
         context = nullcontext() if device is None else current_context(device.gpu_index)
-        with context, interruptible() as (stop, _), _bar(found.name, stop) as progress:
+        with context, interruptible() as (stop, _), _bar(engine.name, stop) as progress:
             plan = ready_plan(
                 library, request, target, progress=progress, rebuild=rebuild
             )
         how = "was there" if plan.build_s is None else f"built in {plan.build_s:.1f} s"
-        tiles = request.inputs[input_of(found.card).name].largest[0]
-        batch = f"{tiles} tiles at once, " if found.card.kind == "restorer" else ""
+        tiles = request.inputs[input_of(engine.card).name].largest[0]
+        batch = f"{tiles} tiles at once, " if engine.card.kind == "restorer" else ""
         typer.echo(
-            f"{found.name} {request.precision}: {library.name} {library.release} plan "
+            f"{engine.name} {request.precision}: {library.name} {library.release} plan "
             f"for {target.gpu}, {batch}{len(plan.data) / 1e6:.1f} MB, {how}"
         )
 
@@ -377,9 +377,9 @@ def _chosen(name: str) -> list[FoundEngine]:
     if name != "all":
         return [find_engine(name)]
     return [
-        found
-        for found in list_engines()
-        if "fp32" in found.card.files and not found.card.sees_image_alone
+        engine
+        for engine in list_engines()
+        if "fp32" in engine.card.files and not engine.card.sees_image_alone
     ]
 
 
@@ -443,8 +443,8 @@ def _bar(name: str, stop: Event) -> Iterator[Progress]:
         def progress(phase: str, done: int, steps: int) -> bool:
             if stop.is_set():
                 raise KeyboardInterrupt
-            said = f"{name}: {phase}"
-            bars.update(task, description=said, completed=done, total=steps)
+            text = f"{name}: {phase}"
+            bars.update(task, description=text, completed=done, total=steps)
             return True
 
         yield progress

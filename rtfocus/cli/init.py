@@ -82,8 +82,8 @@ def _findings() -> Iterator[Finding]:
 def _cpu_features() -> str:
     """Name the instruction sets that decide about bf16, where the system tells."""
     text = info.read_text("utf-8") if (info := Path("/proc/cpuinfo")).is_file() else ""
-    found = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in text]
-    return f" ({', '.join(found)})" if found else ""
+    features = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in text]
+    return f" ({', '.join(features)})" if features else ""
 
 
 def _cpu_runtimes() -> Iterator[Finding]:
@@ -108,9 +108,9 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("gpu", str(error), "see there", needed=False)
     for device in devices:
         capability = ".".join(map(str, device.compute_capability))
-        said = f"{device.name}, compute capability {capability}, "
-        said += f"{device.memory_bytes / 1e9:.0f} GB"
-        yield Finding(f"gpu {device.gpu_index}", said)
+        detail = f"{device.name}, compute capability {capability}, "
+        detail += f"{device.memory_bytes / 1e9:.0f} GB"
+        yield Finding(f"gpu {device.gpu_index}", detail)
     first = next(iter(devices), None)
     for backend in GPU_BACKENDS:
         why_not = backend.why_unavailable(first)
@@ -193,23 +193,23 @@ def init(
         msg = f"'{file}' is there already; give another name, or move it away"
         raise OutputError(msg)
     OutputGuard().claim(file)  # before anybody is asked
-    found = take_inventory(mm_config, adapters or ())
-    typer.echo(_told(found))
+    stock = take_inventory(mm_config, adapters or ())
+    typer.echo(_told(stock))
     answers = Answers(
         name=re.sub(r"[^\w .+-]", "_", file.stem) or "run",
-        presets=[found.preset] if found.preset else [],
-        exposure_ms=found.exposure_ms or 10.0,
-        aperture=_aperture_in(found.objective),
+        presets=[stock.preset] if stock.preset else [],
+        exposure_ms=stock.exposure_ms or 10.0,
+        aperture=_aperture_in(stock.objective),
     )
     if not yes:
         try:
-            _ask(found, answers)
+            _ask(stock, answers)
         except typer.Abort as error:
             if isinstance(error.__context__, EOFError):
                 msg = "standard input ended before the last answer; or give --yes"
                 raise ConfigError(msg) from error
             raise
-    text = config_text(found, answers, mm_config, adapters or ())
+    text = config_text(stock, answers, mm_config, adapters or ())
     parse_config(yaml.safe_load(text), origin=str(file))
     write_new(file, text)
     typer.echo(f"wrote {file}; checking it as 'rtfocus run {file} --dry-run' does:")
@@ -222,7 +222,7 @@ def init(
 
 
 def config_text(
-    found: Inventory, answers: Answers, mm_config: Path | None, adapters: Sequence[Path]
+    stock: Inventory, answers: Answers, mm_config: Path | None, adapters: Sequence[Path]
 ) -> str:
     """Return the config as commented YAML."""
     lines = [
@@ -233,53 +233,53 @@ def config_text(
         f"  name: {_yaml(answers.name)}   # the run folder is {answers.name}.rtfocus",
         "  folder: runs   # where run folders are made",
         "",
-        *_microscope(found, answers, mm_config, adapters),
+        *_microscope(stock, answers, mm_config, adapters),
         "",
-        *_acquisition(found, answers),
+        *_acquisition(stock, answers),
         "",
         "camera:",
         "  offset_counts: 0   # <-- counts in the dark: mean of a frame, cap on",
         "",
-        *_channels(found, answers),
+        *_channels(stock, answers),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _told(found: Inventory) -> str:
-    rows, columns = found.shape
-    sizes = ", ".join(f"{name} {um:g} um" for name, um in found.calibrations)
+def _told(stock: Inventory) -> str:
+    rows, columns = stock.shape
+    sizes = ", ".join(f"{name} {um:g} um" for name, um in stock.calibrations)
     parts = [
-        f"camera:     {found.camera}, {columns} x {rows} pixels, {found.bit_depth} bit"
-        + (f" (of {', '.join(found.cameras)})" if len(found.cameras) > 1 else ""),
-        f"z-stage:    {found.focus_stage or 'none'}",
-        f"xy-stage:   {found.xy_stage or 'none'}",
-        f"objective:  {found.objective or 'not told'}",
-        f"pixel size: {found.pixel_size_um:g} um now" + (f"; {sizes}" if sizes else ""),
-        f"channels:   {', '.join(found.presets) or 'none'}"
-        + (f" (group {found.channel_group})" if found.channel_group else ""),
+        f"camera:     {stock.camera}, {columns} x {rows} pixels, {stock.bit_depth} bit"
+        + (f" (of {', '.join(stock.cameras)})" if len(stock.cameras) > 1 else ""),
+        f"z-stage:    {stock.focus_stage or 'none'}",
+        f"xy-stage:   {stock.xy_stage or 'none'}",
+        f"objective:  {stock.objective or 'not told'}",
+        f"pixel size: {stock.pixel_size_um:g} um now" + (f"; {sizes}" if sizes else ""),
+        f"channels:   {', '.join(stock.presets) or 'none'}"
+        + (f" (group {stock.channel_group})" if stock.channel_group else ""),
     ]
     return "\n".join(parts)
 
 
-def _ask(found: Inventory, answers: Answers) -> None:
+def _ask(stock: Inventory, answers: Answers) -> None:
     """Ask for what the core cannot know; an empty answer is the default."""
     answers.name = typer.prompt("name of the run", answers.name)
-    if len(found.cameras) > 1:
-        chosen = typer.prompt(f"camera ({', '.join(found.cameras)})", found.camera)
-        answers.camera = None if chosen == found.camera else chosen
-    if found.presets:
-        asked, usual = "channels, with commas between", ", ".join(answers.presets)
-        listed = partial(_listed, found.presets)
-        answers.presets = typer.prompt(asked, usual, value_proc=listed)
+    if len(stock.cameras) > 1:
+        chosen = typer.prompt(f"camera ({', '.join(stock.cameras)})", stock.camera)
+        answers.camera = None if chosen == stock.camera else chosen
+    if stock.presets:
+        query, usual = "channels, with commas between", ", ".join(answers.presets)
+        listed = partial(_listed, stock.presets)
+        answers.presets = typer.prompt(query, usual, value_proc=listed)
     answers.exposure_ms = _number("exposure (ms)", answers.exposure_ms, (0, 1e7))
     answers.time_points = int(_number("time points", answers.time_points, (1, 1e9)))
     answers.interval_s = _number("interval (s)", answers.interval_s, (0, 1e7))
     pixel_um = _number(
-        "pixel size in the specimen (um), 0: not known", found.pixel_size_um, (0, 1e3)
+        "pixel size in the specimen (um), 0: not known", stock.pixel_size_um, (0, 1e3)
     )
-    answers.pixel_size_um = None if pixel_um == found.pixel_size_um else pixel_um
-    asked = "NA of the objective, 0: do not restore"
-    answers.aperture = _number(asked, answers.aperture or 0.0, (0, 2)) or None
+    answers.pixel_size_um = None if pixel_um == stock.pixel_size_um else pixel_um
+    query = "NA of the objective, 0: do not restore"
+    answers.aperture = _number(query, answers.aperture or 0.0, (0, 2)) or None
     if answers.aperture is None:
         return
     medium = 1.518 if answers.aperture >= 1.0 else 1.0
@@ -290,7 +290,7 @@ def _ask(found: Inventory, answers: Answers) -> None:
         )
 
 
-def _number(asked: str, default: float, limits: tuple[float, float]) -> float:
+def _number(query: str, default: float, limits: tuple[float, float]) -> float:
     """Ask for a number, again until it lies within the limits."""
 
     def understood(answer: object) -> float:
@@ -303,7 +303,7 @@ def _number(asked: str, default: float, limits: tuple[float, float]) -> float:
             raise typer.BadParameter(msg)
         return value
 
-    answer: float = typer.prompt(asked, default, value_proc=understood)
+    answer: float = typer.prompt(query, default, value_proc=understood)
     return answer
 
 
@@ -326,12 +326,12 @@ def emission_nm(preset: str) -> float:
 
 def _aperture_in(label: str) -> float | None:
     """Find an NA in what a turret calls its objective: ``40x/0.75``, ``NA 1.4``."""
-    said = re.search(r"(?:NA\s*=?\s*|/)([01]\.\d+)", label, re.IGNORECASE)
-    return float(said[1]) if said else None
+    match = re.search(r"(?:NA\s*=?\s*|/)([01]\.\d+)", label, re.IGNORECASE)
+    return float(match[1]) if match else None
 
 
 def _microscope(
-    found: Inventory,
+    stock: Inventory,
     answers: Answers,
     mm_config: Path | None,
     adapters: Sequence[Path],
@@ -352,14 +352,14 @@ def _microscope(
     size = answers.pixel_size_um
     if size:
         lines.append(f"  pixel_size_um: {size:g}   # um, binning included")
-    elif found.pixel_size_um:
-        lines.append(f"  # pixel_size_um: {found.pixel_size_um:g}  (the core says so)")
+    elif stock.pixel_size_um:
+        lines.append(f"  # pixel_size_um: {stock.pixel_size_um:g}  (the core says so)")
     else:
         lines.append("  pixel_size_um: 1.0   # <-- um; the core does not know it")
     return lines
 
 
-def _acquisition(found: Inventory, answers: Answers) -> list[str]:
+def _acquisition(stock: Inventory, answers: Answers) -> list[str]:
     lines = [
         "acquisition:",
         "  mda:   # a useq plan",
@@ -368,18 +368,18 @@ def _acquisition(found: Inventory, answers: Answers) -> list[str]:
     ]
     if answers.presets:
         lines.append("    channels:   # preset, ms")
-        group = found.channel_group
+        group = stock.channel_group
         lines += [
             f"      - {{config: {_yaml(name)}, group: {_yaml(group)}, "
             f"exposure: {answers.exposure_ms:g}}}"
             for name in answers.presets
         ]
-    if found.focus_stage:
+    if stock.focus_stage:
         lines.append("    # z_plan: {range: 6.0, step: 1.0}   # um")
     return lines
 
 
-def _channels(found: Inventory, answers: Answers) -> list[str]:
+def _channels(stock: Inventory, answers: Answers) -> list[str]:
     """Return channels and processing: restored where an engine fits the optics."""
     lines, restores = ["channels:"], False
     for name in answers.presets or ["default"]:
@@ -387,7 +387,7 @@ def _channels(found: Inventory, answers: Answers) -> list[str]:
         optics = OpticalSystem(
             answers.aperture or 0.5,
             answers.wavelengths_nm.get(name, emission_nm(name)),
-            _size(found, answers),
+            _size(stock, answers),
             refractive_index=answers.index,
         )
         engine = engine_for(optics) if answers.aperture else None
@@ -424,8 +424,8 @@ def _optics(optics: OpticalSystem) -> list[str]:
     ]
 
 
-def _size(found: Inventory, answers: Answers) -> float:
-    return answers.pixel_size_um or found.pixel_size_um or 1.0
+def _size(stock: Inventory, answers: Answers) -> float:
+    return answers.pixel_size_um or stock.pixel_size_um or 1.0
 
 
 def engine_for(optics: OpticalSystem) -> str | None:

@@ -233,8 +233,8 @@ def _refuse_mistyped(config: Config) -> None:
 
     processing = config.processing
     for planned in read_sequence(config.acquisition.mda).channels:
-        name, wanted = config.engines_of(planned.config)
-        restored_as_it_is(wanted, processing)
+        name, method = config.engines_of(planned.config)
+        restored_as_it_is(method, processing)
         if config.channel(planned.config).optics is not None and name is not None:
             find_engine(name, processing.engine_folders)
 

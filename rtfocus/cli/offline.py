@@ -170,19 +170,19 @@ def restore(
     many = Many(scheduler, resources, wait_workers, init, unit, finish)
     if many.is_asked_for:
         refuse_with_many("--picture", picture)
-        asked = _job("restore", path, output, settings, optics)
+        job = _job("restore", path, output, settings, optics)
         errors = None if expected_error is None else os.path.abspath(expected_error)
-        asked = msgspec.structs.replace(
-            asked, free_choice=free_choice, stretch=stretch, expected_error=errors
+        job = msgspec.structs.replace(
+            job, free_choice=free_choice, stretch=stretch, expected_error=errors
         )
-        run_batch(asked, many, overwrite=overwrite)
+        run_batch(job, many, overwrite=overwrite)
         return
     found = find_images(path)
     as_found = _contents(found)
     guard = _guard(path, found, overwrite)
     place = ImageOutput(output, found.series, guard, path)
     maps = ErrorMaps(expected_error, found.series, guard, path)
-    shown = SideBySide(guard, picture)
+    picture_of = SideBySide(guard, picture)
     images = ImageSet(
         settings,
         found.series,
@@ -193,13 +193,13 @@ def restore(
     _tell(notes_of(found, images))
     with counting("planes", sum(map(len, found.series))) as on_plane, images:
         outputs = [
-            _output(images, number, stretch, shown, maps, on_plane)
+            _output(images, number, stretch, picture_of, maps, on_plane)
             for number in range(len(found.series))
         ]
         broken = place.write(outputs)
         maps.write(images)
     _tell(images.doubts())
-    _tell_picture(shown.save())
+    _tell_picture(picture_of.save())
     _tell([] if expected_error is None else [f"expected error: {expected_error}"])
     _say_restored(place, found, broken)
     _refuse_changed(found, as_found)
@@ -236,36 +236,36 @@ def classify(
     if many.is_asked_for:
         refuse_with_many("--picture", picture)
         target, table = files_of_many(json_file, csv_file)
-        asked = _job("classify", path, target, settings, optics)
-        asked = msgspec.structs.replace(asked, table=table)
-        run_batch(asked, many, overwrite=overwrite)
+        job = _job("classify", path, target, settings, optics)
+        job = msgspec.structs.replace(job, table=table)
+        run_batch(job, many, overwrite=overwrite)
         return
     found = find_images(path)
     as_found = _contents(found)
     guard = _guard(path, found, overwrite)
-    wanted = texts_of(json_file, csv_file)
-    for target, kind in wanted:
+    texts = texts_of(json_file, csv_file)
+    for target, kind in texts:
         guard.claim_text(target, kind)
-    shown = SideBySide(guard, picture)
+    picture_of = SideBySide(guard, picture)
     images = ImageSet(settings, found.series, stated=_stated(optics))
     _tell(notes_of(found, images))
     with counting("planes", sum(map(len, found.series))) as on_plane, images:
         tiles = json_file is not None
-        findings, lost = _found(images, shown, on_plane, tiles=tiles)
+        findings, lost = _found(images, picture_of, on_plane, tiles=tiles)
     _tell(images.doubts())
     broken = [*found.broken, *lost]
-    _tell_picture(shown.save())
-    to_output = any(str(target) in STANDARD_OUTPUT for target, _ in wanted)
+    _tell_picture(picture_of.save())
+    to_output = any(str(target) in STANDARD_OUTPUT for target, _ in texts)
     number, engine = len(findings.planes), settings.processing.classifier
-    if wanted and number:
+    if texts and number:
         root = _source(path)
-        for target, kind in wanted:
+        for target, kind in texts:
             text = findings.text(kind, engine=engine, broken=broken, root=root)
             guard.write_text(target, text)
-        places = " and ".join(str(target) for target, _ in wanted)
+        places = " and ".join(str(target) for target, _ in texts)
         done = f"classified {number_of(number, 'plane')} to {places}"
         typer.echo(done, err=to_output)
-    for line in told_of(findings, each=not wanted):
+    for line in told_of(findings, each=not texts):
         typer.echo(line, err=to_output)
     _refuse_broken(broken, number, "plane", "classified")
     _refuse_changed(found, as_found)
@@ -328,8 +328,8 @@ def _output(
     )
 
 
-def _guard(path: Path, found: FoundImages, overwrite: bool) -> OutputGuard:
-    inputs = [*companions(found.series), *(one.path for one in found.broken)]
+def _guard(path: Path, images: FoundImages, overwrite: bool) -> OutputGuard:
+    inputs = [*companions(images.series), *(one.path for one in images.broken)]
     if _is_run(path) or path.is_file():
         inputs.append(path)
     return OutputGuard(inputs, overwrite=overwrite)
@@ -350,19 +350,19 @@ def _tell(lines: Iterable[str]) -> None:
 
 
 def _say_restored(
-    place: ImageOutput, found: FoundImages, broken: list[BrokenImage]
+    place: ImageOutput, images: FoundImages, broken: list[BrokenImage]
 ) -> None:
     """Say what is on the disk, counted there; fail if not all of it is."""
     written = place.written()
-    targets = place.targets * (1 if place.is_folder else len(found.series))
-    pairs = zip(found.series, targets, strict=True)
+    targets = place.targets * (1 if place.is_folder else len(images.series))
+    pairs = zip(images.series, targets, strict=True)
     planes = sum(len(series) for series, target in pairs if target in written)
     where = str(place.path)
     if place.is_folder:
         where = f"{number_of(len(written), 'file')} in {place.path}"
     if written:
         typer.echo(f"restored {number_of(planes, 'plane')} to {where}")
-    everything = [*found.broken, *broken]
+    everything = [*images.broken, *broken]
     _refuse_broken(everything, len(written), "file", "written")
     if len(written) < len(place.targets):
         msg = f"{len(written)} of {len(place.targets)} files are in '{place.path}'"
@@ -423,14 +423,14 @@ def _names(config: str | None, overrides: list[str] | None, *engines: str) -> bo
     return config is not None or any(key.endswith(engines) for key in keys)
 
 
-def _contents(found: FoundImages) -> list[str]:
+def _contents(images: FoundImages) -> list[str]:
     known: dict[Path, str] = {}
-    return [content_of(series, known) for series in found.series]
+    return [content_of(series, known) for series in images.series]
 
 
-def _refuse_changed(found: FoundImages, as_found: list[str]) -> None:
+def _refuse_changed(images: FoundImages, as_found: list[str]) -> None:
     """Name files that something wrote while they were read."""
-    pairs = zip(found.series, _contents(found), as_found, strict=True)
+    pairs = zip(images.series, _contents(images), as_found, strict=True)
     changed = {series.path: None for series, now, then in pairs if now != then}
     if changed:
         msg = (

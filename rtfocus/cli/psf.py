@@ -188,7 +188,7 @@ def fit(
             raise ConfigError(msg)
         read = read_pairs(*pairs, most=most_pairs, only=only or ("*",))
         with passing_time("fitting the optics to the pairs"):
-            found = calibrate_from_pairs(
+            calibration = calibrate_from_pairs(
                 read,
                 nominal(pixel_size_um),
                 nominal_defocus_um=defocus_um,
@@ -207,10 +207,10 @@ def fit(
         free |= {"bead_diameter_um": bead_diameter_um} if beads else {}
         calibrate = calibrate_from_beads if beads else calibrate_from_stack
         with passing_time("fitting the optics to the stack"):
-            found = calibrate(planes, start, **free)
+            calibration = calibrate(planes, start, **free)
     with guard.report(output, FIGURES_NAME, REPORT_NAMES) as part:
-        files = write_calibration(part, found, channel=channel or "default")
-    _tell(found, [output / file.name for file in files])
+        files = write_calibration(part, calibration, channel=channel or "default")
+    _tell(calibration, [output / file.name for file in files])
 
 
 def _optics(
@@ -226,11 +226,11 @@ def _optics(
     return OpticalSystem(na, wavelength_nm, pixel_um, refractive_index=index)
 
 
-def _tell(found: Calibration, paths: list[Path]) -> None:
+def _tell(calibration: Calibration, paths: list[Path]) -> None:
     """Say what was found, what is doubtful, and where it lies."""
     console = Console()
-    console.print(found.statement, highlight=False)
-    for warning in found.warnings:
+    console.print(calibration.statement, highlight=False)
+    for warning in calibration.warnings:
         console.print(f"[yellow]doubtful:[/] {warning}", highlight=False)
     typer.echo("\n".join(map(str, paths)))
 
@@ -358,24 +358,24 @@ def calibrate(
     picture = guard.claim(path.with_suffix(".png"))
     depths = _planes_asked(reach, step)
     # The one that is being made is not asked how far it can be trusted.
-    found, up = _through_focus(settings.changed("autofocus", calibration=None), depths)
+    focus, up = _through_focus(settings.changed("autofocus", calibration=None), depths)
     with guard.whole(path) as part:
-        save_calibration(part, found)
+        save_calibration(part, focus)
     with guard.whole(picture) as part:
-        _draw(part, found, up)
-    play_um = found.backlash_um
+        _draw(part, focus, up)
+    play_um = focus.backlash_um
     typer.echo(
-        f"focus at z {found.focus_um:.2f} um, sharpest at {found.sharpest_um:.2f}; "
-        f"{100 * found.unexplained:.1f} % unexplained; backlash {abs(play_um):.2f} um: "
+        f"focus at z {focus.focus_um:.2f} um, sharpest at {focus.sharpest_um:.2f}; "
+        f"{100 * focus.unexplained:.1f} % unexplained; backlash {abs(play_um):.2f} um: "
         f"focus is at a {'lower' if play_um < 0 else 'higher'} z from above than from "
-        f"below; levels read {found.level_offset_um:+.2f} um + "
-        f"{found.level_scale:.2f} x distance; larger z leads {_WAYS[found.direction]} "
-        f"by the images, {_WAYS[found.direction_of_core]} by Micro-Manager"
+        f"below; levels read {focus.level_offset_um:+.2f} um + "
+        f"{focus.level_scale:.2f} x distance; larger z leads {_WAYS[focus.direction]} "
+        f"by the images, {_WAYS[focus.direction_of_core]} by Micro-Manager"
     )
-    for problem in found.problems:
+    for problem in focus.problems:
         typer.echo(f"problem: {problem}")
     typer.echo(f"{path} (autofocus.calibration), {picture}")
-    if not found.trusted:
+    if not focus.trusted:
         raise typer.Exit(ExitCode.FAILED)
 
 
@@ -406,14 +406,14 @@ def _through_focus(
             show(0.0)
             up = focuser.planes(z_um, unit, lambda share: show(share / 2))
             down = focuser.planes(z_um[::-1], -unit, lambda s: show((1 + s) / 2))
-        found = calibrate_focus(
+        focus = calibrate_focus(
             *(comparison, up, down),
             channel=channel,
             direction_of_core=focuser.direction(),
             not_found=None if verdict.focused else verdict.reason,
         )
-        stage.go_to(focuser.limits_around(None).clip(found.focus_um))
-    return found, up
+        stage.go_to(focuser.limits_around(None).clip(focus.focus_um))
+    return focus, up
 
 
 def _refuse_unmarked(path: Path) -> None:
@@ -441,9 +441,9 @@ def _planes_asked(reach: float, step: float) -> np.ndarray:
     return planes
 
 
-def _draw(path: Path, found: FocusCalibration, planes: Sequence[ZPlane]) -> None:
+def _draw(path: Path, calibration: FocusCalibration, planes: Sequence[ZPlane]) -> None:
     """Draw sharpness and the engine's reading over z."""
-    z_um = np.array([plane.z_um for plane in planes]) - found.focus_um
+    z_um = np.array([plane.z_um for plane in planes]) - calibration.focus_um
     sharp = np.array([plane.sharpness for plane in planes])
     read_um = np.array([plane.reading.defocus_um for plane in planes], dtype=float)
     share = sharp / max(float(sharp.max()), 1e-12)

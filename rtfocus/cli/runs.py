@@ -130,15 +130,15 @@ def print_report(folder: Path) -> Outcome:
         console.print(plan_in_words(report["accounting"]))
     style = "bold red" if report["accounting"]["unaccounted"] else None
     console.print(accounting_in_words(report["accounting"]), style=style, markup=False)
-    if said := throughput_in_words(report):
-        console.print(said)
+    if text := throughput_in_words(report):
+        console.print(text)
     for kind, backend in report.get("backends", {}).items():
         console.print(f"{kind}: {backend}", markup=False, highlight=False)
     for line in _shares(report):
         console.print(line, markup=False, highlight=False)
     console.print(_stage_table(report.get("stages", {})))
-    if said := left_out_by_hold(report):
-        console.print(said, markup=False, highlight=False)
+    if text := left_out_by_hold(report):
+        console.print(text, markup=False, highlight=False)
     if lines := read_focus_log(folder):
         console.print(focus_in_words(lines), markup=False, highlight=False)
         if (picture := draw_focus(folder, lines)) is not None:
@@ -166,8 +166,8 @@ def _stage_table(stages: dict[str, dict[str, float | int | None]]) -> Table:
         table.add_column(column, justify="right")
     for name, times in stages.items():
         values = [times.get(key) for key in ("p50_ms", "p95_ms", "p99_ms", "max_ms")]
-        shown = ("-" if v is None else f"{v:.1f}" for v in values)
-        table.add_row(STEPS.get(name, name), *shown)
+        cells = ("-" if v is None else f"{v:.1f}" for v in values)
+        table.add_row(STEPS.get(name, name), *cells)
     return table
 
 

@@ -329,13 +329,13 @@ def _run_on_workers(
 ) -> tuple[list[ScoreSheet], str]:
     """Run every contender on every field by workers; return where they were too."""
     parts = parts_of(wish, contenders, sets)
-    found, failed.total = Gathering(parts, contenders, sets), len(parts)
+    gathering, failed.total = Gathering(parts, contenders, sets), len(parts)
 
     def take(part: Part, result: Done | Failure) -> str | None:
         if isinstance(result, Failure):
-            found.take(part, None)
-            return failed.add(found.row(part), part, result.reason)
-        found.take(part, result)
+            gathering.take(part, None)
+            return failed.add(gathering.row(part), part, result.reason)
+        gathering.take(part, result)
         return None
 
     do_on_workers(
@@ -348,9 +348,9 @@ def _run_on_workers(
             f"{number_of(left, 'field')} not evaluated; the same command begins anew"
         ),
     )
-    if not found.done:
+    if not gathering.done:
         failed.refuse()
-    return found.sheets(), "workers on " + "; ".join(sorted(found.machines))
+    return gathering.sheets(), "workers on " + "; ".join(sorted(gathering.machines))
 
 
 def _run(
@@ -374,9 +374,9 @@ def _microscope(
     """Return optics and camera offset of a config; without one nothing and 0."""
     if config is None:
         return None, 0.0
-    found = read_config(config, None)
-    _, optics = found.optics_of(channel)
-    return optics, found.camera.offset_counts
+    settings = read_config(config, None)
+    _, optics = settings.optics_of(channel)
+    return optics, settings.camera.offset_counts
 
 
 def _show(sheets: list[ScoreSheet]) -> None:

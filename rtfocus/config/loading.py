@@ -119,16 +119,16 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(
         self, node: yaml.MappingNode, deep: bool = False
     ) -> dict[Hashable, Any]:
-        seen = set()
+        keys = set()
         for key, _ in node.value:
             # `on` is a word here: YAML 1.1 reads a key of that name as true.
             key.tag = key.tag.replace("2002:bool", "2002:str")
             name = key.value if isinstance(key, yaml.ScalarNode) else None
-            if name in seen and name != "<<":
+            if name in keys and name != "<<":
                 problem = f"'{name}' is given twice; keep one"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if name is not None:
-                seen.add(name)
+                keys.add(name)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -142,10 +142,10 @@ def _explain_yaml(error: yaml.YAMLError, text: str) -> str:
     where = f"is not valid YAML: line {mark.line + 1}, column {mark.column + 1}"
     if "\t" in line[: mark.column + 1]:
         return f"{where}: indent with spaces, here is a tab"
-    said = [getattr(error, part, None) for part in ("context", "problem")]
-    problem = ", ".join(part for part in said if part)
-    shown = f" ({_short(line.strip())})" if line else ""
-    return f"{where}: {problem}{shown}"
+    parts = [getattr(error, part, None) for part in ("context", "problem")]
+    problem = ", ".join(part for part in parts if part)
+    excerpt = f" ({_short(line.strip())})" if line else ""
+    return f"{where}: {problem}{excerpt}"
 
 
 def find_config(name: Path | str) -> Path:
@@ -330,10 +330,10 @@ def _explain(detail: ErrorDetails) -> str:
     if (tag := context.get("tag")) is not None:
         return f"'{key}.source': choose {context['expected_tags']} (got {_short(tag)})"
     value = getattr(cause, "value", detail["input"])
-    shown = "" if isinstance(value, dict | list) else f" (got {_short(value)})"
+    given = "" if isinstance(value, dict | list) else f" (got {_short(value)})"
     rule = detail["msg"].removeprefix("Value error, ")
     rule = rule.split(" for <class 'pathlib.")[0]
-    return f"'{key}': {rule}{shown}" if key else rule
+    return f"'{key}': {rule}{given}" if key else rule
 
 
 def _key_of(location: Iterable[int | str], cause: object) -> str:
@@ -348,17 +348,17 @@ _SAYS_ALL = ("missing", "value_error", "extra_forbidden")
 def fault_in_words(fault: ErrorDetails) -> str:
     """Return key, rule and value of one fault of a card, a recipe or a description."""
     cause: object = fault.get("ctx", {}).get("error")
-    said = fault["msg"].removeprefix("Value error, ")
+    text = fault["msg"].removeprefix("Value error, ")
     if fault["type"] not in _SAYS_ALL or hasattr(cause, "value"):
-        said += f" (got {getattr(cause, 'value', fault['input'])!r:.80})"
+        text += f" (got {getattr(cause, 'value', fault['input'])!r:.80})"
     key = _key_of(fault["loc"], cause)
-    return f"'{key}': {said}" if key else said
+    return f"'{key}': {text}" if key else text
 
 
 def hint(key: str, valid: list[str], likeness: float) -> str:
     """Return what a key that is not known may mean; `likeness` from 0 to 1."""
-    found = near(key, valid, likeness)
-    return f"did you mean '{found[0]}'?" if found else f"valid: {', '.join(valid)}"
+    match = near(key, valid, likeness)
+    return f"did you mean '{match[0]}'?" if match else f"valid: {', '.join(valid)}"
 
 
 def near(key: str, valid: list[str], likeness: float) -> list[str]:
@@ -431,8 +431,8 @@ def _resolve_paths(
     if not isinstance(section, BaseModel):
         return section
     names = type(section).model_fields.keys() - {"run", "folder"}
-    found = {n: getattr(section, n) for n in names}
-    resolved = {n: _resolve_paths(v, folder, typed, *at, n) for n, v in found.items()}
+    paths = {n: getattr(section, n) for n in names}
+    resolved = {n: _resolve_paths(v, folder, typed, *at, n) for n, v in paths.items()}
     return section.model_copy(update=resolved)
 
 

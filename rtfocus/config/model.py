@@ -241,13 +241,13 @@ class Config(Section):
         by_name = {channel.name: channel for channel in self.channels}
         if name is None:
             name = next(iter(by_name)) if len(by_name) == 1 else "default"
-        found = by_name.get(name) or by_name.get("default") or ChannelConfig()
-        return found.model_copy(update={"name": name})
+        settings = by_name.get(name) or by_name.get("default") or ChannelConfig()
+        return settings.model_copy(update={"name": name})
 
     def changed(self, section: str, **changes: Any) -> "Config":
         """Return it with other values in one of its sections."""
-        found = getattr(self, section).model_copy(update=changes)
-        return self.model_copy(update={section: found})
+        changed = getattr(self, section).model_copy(update=changes)
+        return self.model_copy(update={section: changed})
 
     def with_processing(self, **changes: Any) -> "Config":
         """Return it with other values in its section ``processing``."""
@@ -380,7 +380,7 @@ def _meanings(section: type) -> dict[str, str]:
     pydantic could keep them beside the fields: every start would take a fifth of a
     second to find them.
     """
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for one in reversed(section.__mro__):
         if one is object or one is BaseModel:
             continue
@@ -388,8 +388,8 @@ def _meanings(section: type) -> dict[str, str]:
         assert isinstance(tree, ast.ClassDef)
         for field, text in pairwise(tree.body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                found[ast.unparse(field.target)] = ast.literal_eval(text.value)
-    return found
+                meanings[ast.unparse(field.target)] = ast.literal_eval(text.value)
+    return meanings
 
 
 def _section(info: FieldInfo) -> Any:

@@ -138,8 +138,8 @@ class PixelCanvas:
         (left, top), (right, bottom) = _px(box[:2]), _px(box[2:])
         size = round(right) - round(left), round(bottom) - round(top)
         way = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
-        shown = Image.fromarray(np.ascontiguousarray(pixels)).resize(size, way)
-        self._picture.paste(shown, (round(left), round(top)))
+        resized = Image.fromarray(np.ascontiguousarray(pixels)).resize(size, way)
+        self._picture.paste(resized, (round(left), round(top)))
 
     def save(self, path: Path, words: PngInfo | None = None) -> None:
         """Write the picture as PNG, with `words` in it that nobody sees."""

@@ -231,10 +231,10 @@ def _thinned(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     """Keep the lowest and highest of each stretch of a long curve, in order."""
     if len(x) <= _MOST_POINTS:
         return x, y
-    kept: set[int] = {0, len(x) - 1}
+    indices: set[int] = {0, len(x) - 1}
     for part in np.array_split(np.arange(len(x)), _MOST_POINTS // 2):
-        kept |= {int(part[y[part].argmin()]), int(part[y[part].argmax()])}
-    places = np.array(sorted(kept))
+        indices |= {int(part[y[part].argmin()]), int(part[y[part].argmax()])}
+    places = np.array(sorted(indices))
     return x[places], y[places]
 
 

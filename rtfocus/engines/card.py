@@ -215,8 +215,8 @@ class EngineCard(Section):
     @property
     def needs_no_optics(self) -> bool:
         """Whether it may be told nothing at all, not even the sampling."""
-        told = () if self.condition is None else self.condition.entries
-        return "sampling_known" in told
+        entries = () if self.condition is None else self.condition.entries
+        return "sampling_known" in entries
 
     @property
     def sees_image_alone(self) -> bool:
@@ -309,11 +309,11 @@ def _label_faults(card: EngineCard) -> Iterator[str]:
         yield f"output.labels {labels} name a level twice"
     farthest = card.levels.count - 1
     lowest = -farthest if card.levels.signed else 0
-    told = () if card.condition is None else card.condition.entries
-    if card.second_look and not {"defocus_levels", "defocus_known"} <= {*told}:
+    entries = () if card.condition is None else card.condition.entries
+    if card.second_look and not {"defocus_levels", "defocus_known"} <= {*entries}:
         yield (
             f"second_look is for engines told defocus_levels and defocus_known; "
-            f"condition.entries are {[*told]}"
+            f"condition.entries are {[*entries]}"
         )
     odd = [label for label in labels if not _is_label(label, lowest, farthest)]
     if odd:
@@ -403,10 +403,10 @@ def verified_file(
             f"or make them of its checkpoint: rtfocus export CHECKPOINT -o {folder}"
         )
         raise EngineError(msg)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != card.sha256.get(precision):
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != card.sha256.get(precision):
         msg = (
-            f"weights '{path}' have sha256 {found}, the card says "
+            f"weights '{path}' have sha256 {digest}, the card says "
             f"{card.sha256.get(precision)}; the file is damaged or the card of other "
             f"weights: copy both again; of your own network write that sum on the card"
         )

@@ -104,13 +104,13 @@ class DeviationCard(Section):
 
 
 def stated_um(
-    found: DefocusMap, fit: DeviationCard | None, step_um: float
+    defocus: DefocusMap, fit: DeviationCard | None, step_um: float
 ) -> NDArray[np.float32] | None:
     """Return the standard deviation to state beside each tile's defocus.
 
     Parameters
     ----------
-    found
+    defocus
         What the engine says, axes (tile_y, tile_x).
     fit
         Of its card; None: the spread of its labels is all there is.
@@ -120,10 +120,11 @@ def stated_um(
     NDArray
         In um, same axes, NaN = background; None: the engine gives no spread.
     """
-    if fit is None or found.uncertainty_um is None:
-        return found.uncertainty_um
+    if fit is None or defocus.uncertainty_um is None:
+        return defocus.uncertainty_um
     step = np.float32(step_um)
-    stated = stated_variance(fit, found.defocus_um / step, found.uncertainty_um / step)
+    mean, deviation = defocus.defocus_um / step, defocus.uncertainty_um / step
+    stated = stated_variance(fit, mean, deviation)
     return np.asarray(np.sqrt(stated) * step_um, dtype=np.float32)
 
 
@@ -184,24 +185,21 @@ class Evidence:
         self._log_odds = _Fitted(card)
         self._log_error = None if error_card is None else _Fitted(error_card)
 
-    def weigh(self, signal: Image, found: DefocusMap, out: Image) -> Image | None:
+    def weigh(self, signal: Image, defocus: DefocusMap, out: Image) -> Image | None:
         """Take back of a restored frame what nothing speaks for.
+
+        Returns the root mean square error expected in each tile, in the signal's unit;
+        None: nobody knows it.
 
         Parameters
         ----------
         signal
             Axes (y, x) or (y, x, colour).
-        found
+        defocus
             Defocus by the engine that restored it.
         out
             Restored frame, changed in place: nearer to `signal`, never farther. Pixels
             that equal the signal's stay so.
-
-        Returns
-        -------
-        Image
-            Root mean square of the error expected in each tile of `found`, in the
-            signal's unit; None: nobody knows it.
         """
         grey = luminance(signal)
         dark, scale = self.normalisation.fit(grey)
@@ -210,7 +208,7 @@ class Evidence:
         if not changed and self._log_error is None:
             return None
         normalised = (grey - np.float32(dark)) / np.float32(scale)
-        measured = measures(normalised, change, found, self.step_um)
+        measured = measures(normalised, change, defocus, self.step_um)
         share = self.shares(measured)
         if changed:
             rows, columns = (_to_pixels(side) for side in grey.shape)
@@ -221,7 +219,7 @@ class Evidence:
         if self._log_error is None:
             return None
         square = np.exp(self._log_error(error_measures(measured, share, change)))
-        down, across = _overlaps(found.grid, grey.shape)
+        down, across = _overlaps(defocus.grid, grey.shape)
         error = np.sqrt(down @ square @ across.T) * np.float32(scale)
         return np.asarray(error, dtype=np.float32)
 
@@ -284,22 +282,23 @@ def _overlaps(
     grid: TileGrid, shape: tuple[int, ...], block_px: int = BLOCK_PX
 ) -> list[Image]:
     """Weights of a frame's blocks along y, and along x, for every tile: its shares."""
-    found = []
+    overlaps = []
     for tiles, side_px in zip((grid.rows, grid.columns), shape, strict=True):
         begin = grid.centres_px(tiles)[:, None] + 0.5 - grid.tile_px / 2
         edges = np.minimum(block_px * np.arange(-(-side_px // block_px) + 1), side_px)
         end = np.minimum(begin + grid.tile_px, edges[1:])
         common = np.maximum(end - np.maximum(begin, edges[:-1]), 0)
-        found.append(common / common.sum(axis=1, keepdims=True))
-    return [np.asarray(shares, np.float32) for shares in found]
+        overlaps.append(common / common.sum(axis=1, keepdims=True))
+    return [np.asarray(shares, np.float32) for shares in overlaps]
 
 
 def measures(
-    frame: Image, correction: Image, found: DefocusMap, step_um: float
+    frame: Image, correction: Image, defocus: DefocusMap, step_um: float
 ) -> Image:
     """Return `ratios` and `certainty` together, axes (measure, row, column)."""
     shape = frame.shape[0], frame.shape[1]
-    return np.concatenate([ratios(frame, correction), certainty(found, step_um, shape)])
+    features = certainty(defocus, step_um, shape)
+    return np.concatenate([ratios(frame, correction), features])
 
 
 def ratios(frame: Image, correction: Image) -> Image:
@@ -317,11 +316,11 @@ def ratios(frame: Image, correction: Image) -> Image:
     Image
         Axes (ratio, row, column), a cell for every 16 px begun; 21 logarithms.
     """
-    seen, raised = (pad_frame(image, CELL_PX) for image in (frame, correction))
+    padded, raised = (pad_frame(image, CELL_PX) for image in (frame, correction))
     power, common, added, noise, noise_after = [], [], [], [], []
     for octave in range(OCTAVES):
         cells = CELL_PX >> (octave + 1)
-        (seen, details), (raised, changes) = haar(seen), haar(raised)
+        (padded, details), (raised, changes) = haar(padded), haar(raised)
         power.append(mean_product(details, details, cells))
         common.append(mean_product(details, changes, cells))
         added.append(mean_product(changes, changes, cells))
@@ -332,7 +331,7 @@ def ratios(frame: Image, correction: Image) -> Image:
         around(np.stack(one)) for one in (power, common, added, noise, noise_after)
     )
     total = p.sum(axis=0)
-    found = [
+    logs = [
         *_log_ratio(p, total[None]),
         *_log_ratio(p + 2 * b + c, p),
         *_log_ratio(c, p),
@@ -341,15 +340,15 @@ def ratios(frame: Image, correction: Image) -> Image:
         *_log_ratio(e[:1], d[:1]),
         np.log(total + _LEAST),
     ]
-    return np.asarray(np.stack(found) / 4, dtype=np.float32)
+    return np.asarray(np.stack(logs) / 4, dtype=np.float32)
 
 
-def certainty(found: DefocusMap, step_um: float, shape: tuple[int, int]) -> Image:
+def certainty(defocus: DefocusMap, step_um: float, shape: tuple[int, int]) -> Image:
     """Spread what the labels say of themselves over the cells of a frame.
 
     Parameters
     ----------
-    found
+    defocus
         Of the engine that made the correction.
     shape
         Height and width of the frame.
@@ -360,23 +359,23 @@ def certainty(found: DefocusMap, step_um: float, shape: tuple[int, int]) -> Imag
         Confidence, deviation in levels (logarithm), distance in levels and share of
         background; axes (4, row, column).
     """
-    empty = found.level == BACKGROUND
-    spread_um = np.zeros_like(found.defocus_um)
-    if found.uncertainty_um is not None:
-        spread_um = np.where(empty, 0, found.uncertainty_um)
-    levels = np.abs(np.where(empty, 0, found.defocus_um)) / step_um
-    told = np.stack(
+    empty = defocus.level == BACKGROUND
+    spread_um = np.zeros_like(defocus.defocus_um)
+    if defocus.uncertainty_um is not None:
+        spread_um = np.where(empty, 0, defocus.uncertainty_um)
+    levels = np.abs(np.where(empty, 0, defocus.defocus_um)) / step_um
+    features = np.stack(
         [
-            found.confidence,
+            defocus.confidence,
             np.log(spread_um / step_um + _LEAST_SPREAD) / 2,
             levels / 5,
             empty.astype(np.float32),
         ]
     )
-    grid, (height, width) = found.grid, shape
+    grid, (height, width) = defocus.grid, shape
     rows = _linear(_cell_centres(height), grid.centres_px(grid.rows))
     columns = _linear(_cell_centres(width), grid.centres_px(grid.columns))
-    return np.asarray(rows @ told @ columns.T, dtype=np.float32)
+    return np.asarray(rows @ features @ columns.T, dtype=np.float32)
 
 
 def _to_pixels(side_px: int) -> Image:
@@ -405,7 +404,7 @@ _DROWNED = 0.6
 
 
 def unsettled_um(
-    found: DefocusMap, pixels: NDArray[Any], *, step_um: float, farthest: int
+    defocus: DefocusMap, pixels: NDArray[Any], *, step_um: float, farthest: int
 ) -> Image:
     """Tell for every tile what the frame of half the size must exceed to be believed.
 
@@ -423,8 +422,8 @@ def unsettled_um(
         Distance from focus in um, axes (tile_y, tile_x); infinite where that frame need
         not be asked, NaN = background.
     """
-    distance = np.abs(found.defocus_um)
-    noisy = _noise_share(pixels, found.grid) > _DROWNED
+    distance = np.abs(defocus.defocus_um)
+    noisy = _noise_share(pixels, defocus.grid) > _DROWNED
     least = np.where(noisy, distance + 2 * step_um, np.inf)
     far = distance > _FAR * farthest * step_um
     return np.where(far, distance, least).astype(np.float32)

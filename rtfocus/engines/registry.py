@@ -128,18 +128,18 @@ def list_engines(folders: Sequence[Path] = ()) -> list[FoundEngine]:
     EngineError
         If a card cannot be read.
     """
-    found: dict[str, FoundEngine] = {}
+    engines: dict[str, FoundEngine] = {}
     for place in engine_places(folders):
         for folder in _engines_in(place):
-            if folder.name not in found:
-                found[folder.name] = FoundEngine(folder, read_card(folder))
-    return list(found.values())
+            if folder.name not in engines:
+                engines[folder.name] = FoundEngine(folder, read_card(folder))
+    return list(engines.values())
 
 
 def _engines_in(place: Path) -> list[Path]:
     """Return the engine folders of a place, without what is being added or removed."""
-    found = sorted(path.parent for path in place.glob(f"*/{CARD_NAME}"))
-    return [folder for folder in found if not folder.name.startswith(".")]
+    folders = sorted(path.parent for path in place.glob(f"*/{CARD_NAME}"))
+    return [folder for folder in folders if not folder.name.startswith(".")]
 
 
 def find_engine(
@@ -250,7 +250,7 @@ def remove_engine(name: str) -> Path:
                 f"'{own}': it goes with the package that brought it"
             )
             raise EngineError(msg)
-    yours = ", ".join(found.name for found in _engines_in(own)) or "none"
+    yours = ", ".join(engine.name for engine in _engines_in(own)) or "none"
     msg = f"there is no engine '{name}' among your own in '{own}'; there are: {yours}"
     raise EngineError(msg)
 

@@ -316,8 +316,8 @@ class ScaleMeanVariance(Section):
         """Return the line of an image."""
         eps = self.kwargs.eps
         mean, deviation = self.kwargs.mean_and_deviation(image)
-        wanted, spread = self.kwargs.mean_and_deviation(raw)
-        return Line(mean, (spread + eps) / (deviation + eps), wanted)
+        target, spread = self.kwargs.mean_and_deviation(raw)
+        return Line(mean, (spread + eps) / (deviation + eps), target)
 
 
 Bent = Clip | Binarize | Sigmoid | EnsureDtype

@@ -41,7 +41,7 @@ _PER_INPUT = {"ConvolutionBackpropData": 1, "GroupConvolutionBackpropData": 2}
 _FRAME_PX = 512
 
 
-def multiply_adds_per_pixel(found: FoundEngine) -> float | None:
+def multiply_adds_per_pixel(engine: FoundEngine) -> float | None:
     """Return the multiply-adds of convolutions and matrix products per frame pixel.
 
     Restorers are counted on one of their tiles, halo included, per pixel that the
@@ -49,7 +49,7 @@ def multiply_adds_per_pixel(found: FoundEngine) -> float | None:
 
     Parameters
     ----------
-    found
+    engine
         The engine.
 
     Returns
@@ -57,7 +57,7 @@ def multiply_adds_per_pixel(found: FoundEngine) -> float | None:
     float | None
         None: no network, or OpenVINO, which reads the graph, is not installed.
     """
-    card = found.card
+    card = engine.card
     if not card.is_network or card.input is None:
         return None
     try:
@@ -70,7 +70,7 @@ def multiply_adds_per_pixel(found: FoundEngine) -> float | None:
     if card.kind == "restorer":
         side = card.input.tile_px
         owned = side - 2 * card.input.halo_px
-    model = openvino.Core().read_model(verified_file(found.folder, card))
+    model = openvino.Core().read_model(verified_file(engine.folder, card))
     axes = AXES if card.steps is None else card.steps.input_axes
     shape = arranged_shape((1, card.input.channels, side, side), axes)
     shapes = {card.input.name: list(shape)}
@@ -160,8 +160,8 @@ class Contender:
     @property
     def title(self) -> str:
         """Name with what the contender is told, where that makes a difference."""
-        told = None if self.engine is None else self.engine.card.condition
-        if told is None or "optics_known" not in told.entries:
+        condition = None if self.engine is None else self.engine.card.condition
+        if condition is None or "optics_known" not in condition.entries:
             return self.name
         return f"{self.name}, {'blind' if self.blind else 'optics given'}"
 
@@ -250,16 +250,16 @@ def contender(
         return Contender(name, classifier, name, None, blind=False)
     engine, _, number = name.rpartition(":")
     ways = int(number) if engine and number in ("2", "4", "8") else 1
-    found = find_engine(engine if ways > 1 else name, folders, METHODS)
-    if ways > 1 and found.card.kind == "classifier":
-        msg = f"'{name}': {found.name} restores nothing; leave out ':{ways}'"
+    entry = find_engine(engine if ways > 1 else name, folders, METHODS)
+    if ways > 1 and entry.card.kind == "classifier":
+        msg = f"'{name}': {entry.name} restores nothing; leave out ':{ways}'"
         raise ConfigError(msg)
-    finds = found.card.kind != "restorer"
+    finds = entry.card.kind != "restorer"
     return Contender(
-        name=found.name if ways == 1 else f"{found.name}:{ways}",
-        classifier=str(found.folder) if finds else classifier,
-        method="none" if found.card.kind == "classifier" else str(found.folder),
-        engine=found,
+        name=entry.name if ways == 1 else f"{entry.name}:{ways}",
+        classifier=str(entry.folder) if finds else classifier,
+        method="none" if entry.card.kind == "classifier" else str(entry.folder),
+        engine=entry,
         blind=blind,
         orientations=ways,
     )

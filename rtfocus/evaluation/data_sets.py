@@ -370,14 +370,14 @@ def synthetic(name: str, variant: Variant, folder: Path) -> DataSet:
 
 
 def _sharp_images(folder: Path, pattern: str) -> list[Path]:
-    found = sorted(folder.glob(pattern))
-    if not found:
+    files = sorted(folder.glob(pattern))
+    if not files:
         msg = (
             f"no image '{folder / pattern}'; say where the published images lie with "
             "--data-folder"
         )
         raise InputError(msg)
-    return found
+    return files
 
 
 def _lights(path: Path, size: float) -> Iterator[tuple[str, Image]]:
@@ -425,10 +425,10 @@ def find_data_set(
         if not Path(name).is_dir():
             msg = f"data set '{name}' is no folder and none of {', '.join(KNOWN)}"
             raise InputError(msg)
-        found = folder_set(Path(name), optics or BBBC006, offset_counts=offset_counts)
+        data = folder_set(Path(name), optics or BBBC006, offset_counts=offset_counts)
         known = "stated" if optics else "assumed: nobody stated them (--optics CONFIG)"
-        title = f"{found.title}; optics {in_short(found.optics)}, {known}"
-        return replace(found, title=title)
+        title = f"{data.title}; optics {in_short(data.optics)}, {known}"
+        return replace(data, title=title)
     if data_folder is None or not data_folder.is_dir():
         lacks = "" if data_folder is None else f", but there is no '{data_folder}'"
         msg = (

@@ -150,9 +150,9 @@ class ScoreSheet:
         """Say why it stands in no table; None: it stands in one."""
         if self.frames or self.levels is not None or not self.measured:
             return None
-        wanted = "the defocus" if self.contender.method == "none" else "the sharp image"
+        truth = "the defocus" if self.contender.method == "none" else "the sharp image"
         return (
-            f"{self.contender.title} is in no table of {self.data.name}: {wanted} of "
+            f"{self.contender.title} is in no table of {self.data.name}: {truth} of "
             "its images is not known, so there is nothing to compare"
         )
 
@@ -250,11 +250,11 @@ class Measuring(Closing):
         if processor is None:
             restored = restore_exactly(one.method, self._data, sample)
             return _measured(sample, restored)
-        begun = time.perf_counter(), time.process_time()
+        start = time.perf_counter(), time.process_time()
         result = (processor.restore if one.restores else processor.classify)(
             sample.pixels
         )
-        taken = time.perf_counter() - begun[0], time.process_time() - begun[1]
+        elapsed = time.perf_counter() - start[0], time.process_time() - start[1]
         tiles = None
         if one.estimates:
             tiles = _found_tiles(one, self._data, sample, result, self._ranking)
@@ -262,7 +262,7 @@ class Measuring(Closing):
             _measured(sample, result.restored),
             tiles=tiles,
             errors=_errors(sample, result),
-            ms_per_megapixel=self._per_megapixel(sample, taken),
+            ms_per_megapixel=self._per_megapixel(sample, elapsed),
         )
 
     def close(self) -> None:
@@ -325,16 +325,16 @@ def _errors(
     sample: Sample, result: FrameResult
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Compare what is stated of the tiles of a restored frame with the truth."""
-    stated, found, after = result.expected_error, result.defocus, result.restored
-    if stated is None or found is None or after is None or sample.sharp is None:
+    stated, defocus, after = result.expected_error, result.defocus, result.restored
+    if stated is None or defocus is None or after is None or sample.sharp is None:
         return None
     after = _within_full_scale(after, sample.pixels.dtype)
     left = luminance(after.astype(np.float32)) - luminance(sample.sharp.astype("f4"))
-    side = found.grid.tile_px
+    side = defocus.grid.tile_px
     down, across = (
         [slice(max(0, round(one)), round(one) + side) for one in first]
         for tiles in stated.shape
-        for first in [found.grid.centres_px(tiles) - (side - 1) / 2]
+        for first in [defocus.grid.centres_px(tiles) - (side - 1) / 2]
     )
     true = np.array([[np.mean(left[y, x] ** 2) for x in across] for y in down])
     span = np.float64(sample.data_range)
@@ -376,15 +376,15 @@ def _found_tiles(
     levels, _ = parts(engine.card)
     step = step_um(engine.card, data.optics, blind=one.blind)
     lowest, highest = _comparable(sample, signed=levels.signed and not sample.even)
-    wanted = _wanted_tiles(sample, found)
+    used = _wanted_tiles(sample, found)
     error_um, stated_um = np.zeros(0), None
-    level, defocus = found.level[wanted], found.defocus_um[wanted].astype(np.float64)
+    level, defocus = found.level[used], found.defocus_um[used].astype(np.float64)
     if sample.even:
         level, defocus = np.where(level == BACKGROUND, level, abs(level)), abs(defocus)
     if lowest == highest:
         error_um = defocus - lowest
         if found.stated_um is not None:
-            stated_um = found.stated_um[wanted]
+            stated_um = found.stated_um[used]
     true = (lowest / step, highest / step)
     labels = _labels(engine.card.output)
     right = {LevelScore(labels).right_range(true)}
@@ -394,8 +394,8 @@ def _found_tiles(
         labels=labels,
         true=true,
         level=level.astype(np.int64),
-        confidence=found.confidence[wanted],
-        ranks=np.min([ranking.ranks(sample, one, wanted) for one in right], axis=0),
+        confidence=found.confidence[used],
+        ranks=np.min([ranking.ranks(sample, one, used) for one in right], axis=0),
         error_um=error_um,
         stated_um=stated_um,
         sided=levels.signed and sample.sided,
@@ -417,10 +417,10 @@ def _comparable(sample: Sample, *, signed: bool) -> tuple[float, float]:
     return (0.0 if lowest < 0.0 < highest else sizes[0]), sizes[1]
 
 
-def _wanted_tiles(sample: Sample, found: DefocusMap) -> NDArray[np.bool_]:
+def _wanted_tiles(sample: Sample, defocus: DefocusMap) -> NDArray[np.bool_]:
     grey = luminance(sample.pixels.astype(np.float32))
     quantum = 1.0 if np.issubdtype(sample.pixels.dtype, np.integer) else 0.0
-    return specimen_tiles(grey, found.grid, quantum)
+    return specimen_tiles(grey, defocus.grid, quantum)
 
 
 def standing(sheet: ScoreSheet) -> Standing:

@@ -117,15 +117,15 @@ def train_own(
     OutputError
         If the output is refused.
     """
-    found = find_images(wish.images)
+    images = find_images(wish.images)
     work = wish.output.with_name(f"{wish.output.name}.training")
     if (work / _PLAN).is_file() and (wish.output / CARD_NAME).is_file():
         # Done but for the last word, or called once more.
-        _OwnPlan(work, wish, found, say)
+        _OwnPlan(work, wish, images, say)
         _admit(wish.output)
         return wish.output, _advice_of(wish.output)
-    _claim(wish, found, work)
-    plan = _OwnPlan(work, wish, found, say)
+    _claim(wish, images, work)
+    plan = _OwnPlan(work, wish, images, say)
     fields = plan.fields()
     shipped = [contender(one, classifier=_CLASSIFIER, blind=False) for one in SHIPPED]
     start = plan.start(fields, shipped)
@@ -145,14 +145,14 @@ def train_own(
     return wish.output, advice
 
 
-def _claim(wish: OwnWish, found: FoundImages, work: Path) -> None:
+def _claim(wish: OwnWish, images: FoundImages, work: Path) -> None:
     """Refuse what cannot end well before any work; make the folder of the state."""
     check_new_name(wish.output.name)
     if wish.minutes <= 0:
         msg = f"--minutes {wish.minutes:g} trains nothing; give more than 0"
         raise ConfigError(msg)
     choose_device(wish.device)
-    guard = OutputGuard(companions(found.series))
+    guard = OutputGuard(companions(images.series))
     guard.claim(wish.output)
     guard.claim_folder(work)
     if work.is_dir() and any(work.iterdir()) and not (work / _PLAN).is_file():
@@ -170,18 +170,18 @@ class _OwnPlan:
         self,
         work: Path,
         wish: OwnWish,
-        found: FoundImages,
+        images: FoundImages,
         say: Callable[[str], None],
     ) -> None:
-        self._work, self._wish, self._found, self._say = work, wish, found, say
-        asked = {
-            "images": _digest(found),
+        self._work, self._wish, self._found, self._say = work, wish, images, say
+        job = {
+            "images": _digest(images),
             "optics": wish.optics,
             "channel": wish.channel,
             "minutes": wish.minutes,
         }
         path = work / _PLAN
-        self._known: dict[str, Any] = {"format": _FORMAT, "asked": asked}
+        self._known: dict[str, Any] = {"format": _FORMAT, "asked": job}
         if not path.is_file():
             self._keep()
             return
@@ -190,10 +190,10 @@ class _OwnPlan:
         except (OSError, msgspec.MsgspecError, RecursionError) as error:
             msg = f"'{path}' cannot be read: {error}; start over with --no-resume"
             raise ConfigError(msg) from error
-        if known.get("format") != _FORMAT or known.get("asked") != asked:
+        if known.get("format") != _FORMAT or known.get("asked") != job:
             before = known.get("asked")
             before = before if isinstance(before, dict) else {}
-            other = [key for key in asked if before.get(key) != asked[key]]
+            other = [key for key in job if before.get(key) != job[key]]
             msg = (
                 f"'{work}' was begun with other {' and '.join(other) or 'software'}; "
                 "call with the same, or start over with --no-resume"
@@ -220,12 +220,12 @@ class _OwnPlan:
             self._known |= _OWN_FIELDS.dump_python(chosen, mode="json")
             self._keep()
         known = {key: self._known[key] for key in ("fields", "optics", "left_out")}
-        made = _OWN_FIELDS.validate_python(known)
-        for line in made.left_out:
+        fields = _OWN_FIELDS.validate_python(known)
+        for line in fields.left_out:
             self._say(f"left out: {line}")
-        sides = [f"{len(made.of(side))} {side}" for side in SIDES]
-        self._say(f"fields: {', '.join(sides)}; optics {in_short(made.optics)}")
-        return made
+        sides = [f"{len(fields.of(side))} {side}" for side in SIDES]
+        self._say(f"fields: {', '.join(sides)}; optics {in_short(fields.optics)}")
+        return fields
 
     def start(self, fields: OwnFields, shipped: Sequence[Contender]) -> str:
         """Choose which shipped engine is trained on, by the validation fields."""
@@ -240,9 +240,9 @@ class _OwnPlan:
             self._known["validation_gain_db"] = gains
             self._keep()
         gains = self._known["validation_gain_db"]
-        said = ", ".join(f"{name} {gain:+.2f} dB" for name, gain in gains.items())
+        text = ", ".join(f"{name} {gain:+.2f} dB" for name, gain in gains.items())
         start: str = self._known["start"]
-        self._say(f"training on from '{start}' (validation: {said})")
+        self._say(f"training on from '{start}' (validation: {text})")
         return start
 
     def recipe(self, fields: OwnFields, start: str) -> RecipeBase:
@@ -277,10 +277,10 @@ _OWN_FIELDS = TypeAdapter(OwnFields)
 SIDES: tuple[Side, ...] = ("training", "validation", "test")
 
 
-def _digest(found: FoundImages) -> str:
+def _digest(images: FoundImages) -> str:
     """Return what changes when the images do."""
     lines = []
-    for one in found.series:
+    for one in images.series:
         facts = one.path.stat()
         size = (facts.st_size, facts.st_mtime_ns)
         lines.append(f"{one.path.resolve()} {one.name} {one.sizes} {one.shape} {size}")
@@ -293,10 +293,10 @@ def _seconds_per_step(recipe: RecipeBase, wish: OwnWish) -> float:
         shards = recipe.pool.shards
         for _ in range(shards):
             trainer.train_step()
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         for _ in range(_TIMED_STEPS - shards):
             trainer.train_step()
-        return (time.perf_counter() - begun) / (_TIMED_STEPS - shards)
+        return (time.perf_counter() - start_s) / (_TIMED_STEPS - shards)
 
 
 def _exported(
@@ -317,9 +317,9 @@ def _exported(
         export_engine(checkpoint, folder, name=name, mean_with=mean_with)
         one = contender(str(folder), classifier=_CLASSIFIER, blind=False)
         gains[how] = standing(_sheet(one, data)).gain_db
-    said = ", ".join(f"{how} {gain:+.2f} dB" for how, gain in gains.items())
+    text = ", ".join(f"{how} {gain:+.2f} dB" for how, gain in gains.items())
     best = max(gains, key=lambda how: gains[how])
-    say(f"what was learned is taken {best} (validation: {said})")
+    say(f"what was learned is taken {best} (validation: {text})")
     engine = work / name
     remove(engine)
     (work / "exports" / best.replace(" ", "_")).rename(engine)

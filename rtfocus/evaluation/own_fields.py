@@ -97,7 +97,7 @@ class _LeftOutError(Exception):
 
 
 def choose_fields(
-    found: FoundImages,
+    images: FoundImages,
     folder: Path,
     *,
     stated: StatedOptics | None = None,
@@ -109,7 +109,7 @@ def choose_fields(
 
     Parameters
     ----------
-    found
+    images
         The images.
     folder
         Takes the cut planes; there and empty.
@@ -124,13 +124,13 @@ def choose_fields(
         If optics are missing or differ, a channel must be named, or fewer than
         `LEAST_FIELDS` fields are left; says why images were left out.
     """
-    optics = _common_optics(found.series, stated, channel)
-    left_out = [one.reason for one in found.broken]
-    if len(found.series) > _MOST_FIELDS:
-        more = f"of {len(found.series)} images {_MOST_FIELDS} are taken, evenly spaced"
+    optics = _common_optics(images.series, stated, channel)
+    left_out = [one.reason for one in images.broken]
+    if len(images.series) > _MOST_FIELDS:
+        more = f"of {len(images.series)} images {_MOST_FIELDS} are taken, evenly spaced"
         left_out.append(more)
     candidates: list[_Candidate] = []
-    for series in _spread(found.series, _MOST_FIELDS):
+    for series in _spread(images.series, _MOST_FIELDS):
         for stack in _stacks(series, _channel_number(series, channel)):
             try:
                 stem = f"{len(candidates):03}"
@@ -138,14 +138,14 @@ def choose_fields(
             except (_LeftOutError, InputError) as error:
                 left_out.append(f"'{plane_name(series.name, stack[0])}' {error}")
     groups = _groups([one.thumbnail for one in candidates])
-    kept, blurred = _sharpest([(candidates[n] for n in group) for group in groups])
+    chosen, blurred = _sharpest([(candidates[n] for n in group) for group in groups])
     left_out += blurred
-    if len(kept) < LEAST_FIELDS:
-        raise ConfigError(_too_few(len(kept), left_out))
-    sides = _sides(len(kept))
+    if len(chosen) < LEAST_FIELDS:
+        raise ConfigError(_too_few(len(chosen), left_out))
+    sides = _sides(len(chosen))
     fields = tuple(
         replace(one.field, side=side)
-        for group, side in zip(kept, sides, strict=True)
+        for group, side in zip(chosen, sides, strict=True)
         for one in group
     )
     return OwnFields(fields, optics, tuple(left_out))
@@ -168,10 +168,10 @@ def _spread(items: Sequence[Any], most: int) -> list[Any]:
 
 def _channel_number(series: ImageSeries, channel: str | None) -> int:
     count, names = series.sizes["c"], series.channel_names
-    shown = ", ".join(names) or f"0 to {count - 1}"
+    listed = ", ".join(names) or f"0 to {count - 1}"
     if channel is None and count > 1:
         msg = (
-            f"'{series.path}' has {count} channels ({shown}) and optics hold for one; "
+            f"'{series.path}' has {count} channels ({listed}) and optics hold for one; "
             "say which with --channel"
         )
         raise ConfigError(msg)
@@ -181,7 +181,7 @@ def _channel_number(series: ImageSeries, channel: str | None) -> int:
         return names.index(channel)
     if channel.isdecimal() and int(channel) < count:
         return int(channel)
-    msg = f"'{series.path}' has no channel '{channel}'; it has {shown}"
+    msg = f"'{series.path}' has no channel '{channel}'; it has {listed}"
     raise ConfigError(msg)
 
 
@@ -191,17 +191,17 @@ def _common_optics(
     """Return the optics that all images have; refuse a mixture."""
     common: tuple[OpticalSystem, Path] | None = None
     for one in series:
-        found = find_optics(one, _channel_number(one, channel), stated=stated)
-        if found.system is None:
+        optics = find_optics(one, _channel_number(one, channel), stated=stated)
+        if optics.system is None:
             msg = (
-                f"the optics of '{one.path}' are unknown ({found.source}); state them: "
-                f"--optics {EXAMPLE}"
+                f"the optics of '{one.path}' are unknown ({optics.source}); state "
+                f"them: --optics {EXAMPLE}"
             )
             raise ConfigError(msg)
-        common = common or (found.system, one.path)
-        if found.system != common[0]:
+        common = common or (optics.system, one.path)
+        if optics.system != common[0]:
             msg = (
-                f"'{one.path}' has other optics ({in_short(found.system)}) than "
+                f"'{one.path}' has other optics ({in_short(optics.system)}) than "
                 f"'{common[1]}' ({in_short(common[0])}); an engine is trained for one "
                 "objective and pixel size: give a folder of each"
             )
@@ -309,13 +309,13 @@ def _refuse_blurred(
     """Refuse a plane that shows no detail near what its optics resolve."""
     cutoff = 2 * optics.numerical_aperture / (optics.wavelength_nm * 1e-3)
     cutoff = min(cutoff * optics.pixel_size_um, 0.5)
-    seen = FREQUENCIES[spectrum > noise]
+    frequencies = FREQUENCIES[spectrum > noise]
     amplitude = [
         float(np.sqrt(np.mean((spectrum[ring] * FREQUENCIES[ring]) ** 2)))
         for low, high in (_COARSE, _FINE)
         for ring in [(low * cutoff <= FREQUENCIES) & (high * cutoff > FREQUENCIES)]
     ]
-    reach = float(seen.max(initial=0.0)) / cutoff
+    reach = float(frequencies.max(initial=0.0)) / cutoff
     if reach < _LEAST_REACH or amplitude[1] < _LEAST_DETAIL * amplitude[0]:
         msg = "is blurred or dark: no detail near what its optics resolve"
         raise _LeftOutError(msg)
@@ -356,17 +356,17 @@ def _sharpest(
     groups: Sequence[Iterator[_Candidate]],
 ) -> tuple[list[list[_Candidate]], list[str]]:
     """Keep the images of a place that are about as sharp as its sharpest."""
-    kept, left_out = [], []
+    chosen, left_out = [], []
     for group in map(list, groups):
         best = max(group, key=lambda one: one.sharp)
-        kept.append([one for one in group if one.sharp >= _AS_SHARP * best.sharp])
+        chosen.append([one for one in group if one.sharp >= _AS_SHARP * best.sharp])
         left_out += [
             f"'{one.field.source}' is less sharp than '{best.field.source}', which "
             "shows the same place"
             for one in group
             if one.sharp < _AS_SHARP * best.sharp
         ]
-    return kept, left_out
+    return chosen, left_out
 
 
 def _sides(count: int) -> list[Side]:

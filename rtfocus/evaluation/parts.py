@@ -102,9 +102,9 @@ class Wish:
         ConfigError
             If two engines have one name.
         """
-        found = [self.contender(name, blind=way) for name in names for way in blind]
+        contenders = [self.contender(one, blind=way) for one in names for way in blind]
         rows: dict[str, Contender] = {}
-        for one in found:
+        for one in contenders:
             same = rows.setdefault(one.title, one)
             folders = [c.engine and c.engine.folder.resolve() for c in (same, one)]
             if folders[0] != folders[1]:
@@ -302,13 +302,13 @@ class Gathering:
         self._early: dict[int, list[Measured]] = {}
         self._next = 0
 
-    def take(self, part: Part, found: Done | None) -> None:
+    def take(self, part: Part, done: Done | None) -> None:
         """Add what a part found; None: it failed."""
         frames: list[Measured] = []
-        if found is not None:
+        if done is not None:
             self.done += 1
-            self.machines.add(found.machine)
-            frames = found.frames
+            self.machines.add(done.machine)
+            frames = done.frames
         self._early[self._places[part.key]] = frames
         while self._next in self._early:
             for one in self._early.pop(self._next):
@@ -332,10 +332,10 @@ def _identity(one: Contender, wish: Wish) -> str:
     return sha256(repr(cards).encode()).hexdigest()
 
 
-def _anywhere(found: FoundEngine, folders: Sequence[Path]) -> str:
+def _anywhere(engine: FoundEngine, folders: Sequence[Path]) -> str:
     """Return the name of an engine that others find by it, else its folder."""
-    is_here = found.folder == Path(found.name)
+    is_here = engine.folder == Path(engine.name)
     places = engine_places(folders)
-    if not is_here and any(place / found.name == found.folder for place in places):
-        return found.name
-    return os.path.abspath(found.folder)
+    if not is_here and any(place / engine.name == engine.folder for place in places):
+        return engine.name
+    return os.path.abspath(engine.folder)

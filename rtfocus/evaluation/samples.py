@@ -358,18 +358,18 @@ def matching_tiffs(folder: Path, patterns: tuple[str, ...] = ("*",)) -> list[Pat
     InputError
         If there are none.
     """
-    found = [
+    files = [
         path
         for path in sorted(folder.glob("*.tif"))
         if any(fnmatch(path.name, pattern) for pattern in patterns)
     ]
-    if not found:
+    if not files:
         msg = (
             f"'{folder}' holds no {' or '.join(patterns)}; say where the published "
             "images lie with --data-folder"
         )
         raise InputError(msg)
-    return found
+    return files
 
 
 def read_plane(path: Path) -> NDArray[np.generic]:

@@ -46,13 +46,13 @@ def save_side_by_side(path: Path, data: DataSet, sheets: Sequence[ScoreSheet]) -
     bool
         False: there is nothing to show.
     """
-    shown = [one for one in sheets if one.images]
-    if not shown:
+    with_images = [one for one in sheets if one.images]
+    if not with_images:
         return False
     # A field may have failed for one of them.
-    names = set.intersection(*(set(one.images) for one in shown))
+    names = set.intersection(*(set(one.images) for one in with_images))
     pixel_um = data.optics.pixel_size_um
-    rows = [_row(one, shown, pixel_um) for one in data.named(names)]
+    rows = [_row(one, with_images, pixel_um) for one in data.named(names)]
     if not rows:
         return False
     panels = [panel for row in rows for panel in row]
@@ -94,16 +94,16 @@ def save_confusion(path: Path, title: str, score: LevelScore) -> None:
     canvas.save(path)
 
 
-def _row(sample: Sample, shown: Sequence[ScoreSheet], pixel_um: float) -> list[Panel]:
+def _row(sample: Sample, sheets: Sequence[ScoreSheet], pixel_um: float) -> list[Panel]:
     like = sample.pixels if sample.sharp is None else sample.sharp
     window = _window(like)
     low, high = np.percentile(_grey(like)[window], (0.5, 99.9))
-    before = {one.name: one for one in shown[0].frames}.get(sample.name)
+    before = {one.name: one for one in sheets[0].frames}.get(sample.name)
     caption = sample.name
     if before is not None:
         caption += f"  {before.before.psnr_db:.1f} dB"
     images = [(caption, sample.pixels)]
-    for one in shown:
+    for one in sheets:
         scored = {frame.name: frame for frame in one.frames}.get(sample.name)
         suffix = f"  {scored.after.psnr_db:.1f} dB" if scored else ""
         images.append((f"{one.contender.title}{suffix}", one.images[sample.name]))
@@ -193,8 +193,8 @@ def tables(sheets: Sequence[ScoreSheet]) -> list[tuple[str, tuple[str, ...], Row
 
 
 def _errors(one: ScoreSheet, score: ErrorScore) -> list[str]:
-    said = ["" if x is None else f"{x:g}" for x in score.summary().values()]
-    return [one.data.name, one.contender.title, *said]
+    cells = ["" if x is None else f"{x:g}" for x in score.summary().values()]
+    return [one.data.name, one.contender.title, *cells]
 
 
 def _restored(one: ScoreSheet) -> list[str]:
@@ -217,22 +217,22 @@ def _restored(one: ScoreSheet) -> list[str]:
 
 
 def _levels(one: ScoreSheet, score: LevelScore) -> list[str]:
-    found = score.summary()
+    summary = score.summary()
     shares = (
-        found["accuracy"],
-        found["within_one"],
-        found["top_k"][2] if found["top_k"] else None,
-        found["sign_right"],
-        found["called_background"],
-        found["calibration_error"],
-        found["within_one_sigma"],
-        found["within_two_sigma"],
+        summary["accuracy"],
+        summary["within_one"],
+        summary["top_k"][2] if summary["top_k"] else None,
+        summary["sign_right"],
+        summary["called_background"],
+        summary["calibration_error"],
+        summary["within_one_sigma"],
+        summary["within_two_sigma"],
     )
-    error_um = found["mean_error_um"]
+    error_um = summary["mean_error_um"]
     return [
         one.data.name,
         one.contender.title,
-        str(found["tiles"]),
+        str(summary["tiles"]),
         *map(_share, shares),
         "" if error_um is None else f"{error_um:.2f}",
         *_cost(one),
@@ -244,8 +244,8 @@ def _cost(one: ScoreSheet) -> list[str]:
     return [
         "" if operations is None else f"{operations:,.0f}",
         *(
-            "" if taken is None else f"{taken:,.0f}"
-            for taken in (one.ms_per_megapixel, one.cpu_ms_per_megapixel)
+            "" if milliseconds is None else f"{milliseconds:,.0f}"
+            for milliseconds in (one.ms_per_megapixel, one.cpu_ms_per_megapixel)
         ),
     ]
 
@@ -291,11 +291,11 @@ def write_report(
         content = as_json(sheets, command=command, taken_on=taken_on)
         if lacking:
             content["failed"] = list(lacking)
-        said = markdown(sheets, command=command, taken_on=taken_on, lacking=lacking)
+        report = markdown(sheets, command=command, taken_on=taken_on, lacking=lacking)
         paths = [folder / JSON_NAME, folder / MARKDOWN_NAME]
         text = json.dumps(content, indent=1, allow_nan=False)
         paths[0].write_text(text, encoding="utf-8")
-        paths[1].write_text(said, encoding="utf-8")
+        paths[1].write_text(report, encoding="utf-8")
         paths += _pictures(folder, sheets)
     return paths
 

@@ -101,7 +101,7 @@ class LevelScore:
     def add(
         self,
         true: tuple[float, float],
-        found: Labels,
+        predicted: Labels,
         confidence: NDArray[np.float32],
         *,
         background: int,
@@ -113,7 +113,7 @@ class LevelScore:
         ----------
         true
             Lowest and highest defocus in levels; equal where it is exact.
-        found
+        predicted
             Label of every tile with a specimen; any shape.
         confidence
             Probability of that label.
@@ -124,24 +124,24 @@ class LevelScore:
         """
         known = np.array(self.levels)
         lowest, highest = self.right_range(true)
-        empty = found == background
-        off = np.maximum(np.maximum(lowest - found, found - highest), 0)
+        empty = predicted == background
+        off = np.maximum(np.maximum(lowest - predicted, predicted - highest), 0)
         right = ~empty & (off == 0)
         self.right += int(right.sum())
         self.close += int((~empty & (off <= 1)).sum())
         in_focus = true[0] <= 0.0 <= true[1]
         nominal = 0.0 if in_focus else sum(true) / 2
         row = int(np.searchsorted(known, self._nearest(nominal)))
-        column = np.where(empty, len(known), np.searchsorted(known, found))
+        column = np.where(empty, len(known), np.searchsorted(known, predicted))
         np.add.at(self.confusion[row], column.ravel(), 1)
         if true[0] == true[1]:
             # Against a range of levels every confidence would look too small.
             self._count_confidence(confidence.ravel(), right.ravel())
         if sided:
-            with_sign = ~empty & (found != 0)
+            with_sign = ~empty & (predicted != 0)
             side = 1 if sum(true) > 0 else -1
             self.sided += int(with_sign.sum())
-            self.right_side += int((with_sign & (np.sign(found) == side)).sum())
+            self.right_side += int((with_sign & (np.sign(predicted) == side)).sum())
 
     def add_errors(
         self,
@@ -258,8 +258,8 @@ class ErrorScore:
         """Return rank correlations and factors of frames out of focus; and in focus."""
         none = np.zeros(0), np.zeros(0)
         stated, true = map(np.concatenate, zip(none, *self._frames, strict=True))
-        found = [rank_correlation(*pair) for pair in self._frames]
-        inner = [one for one in found if one is not None]
+        correlations = [rank_correlation(*pair) for pair in self._frames]
+        inner = [one for one in correlations if one is not None]
         wholes = np.array([[_root(one) for one in pair] for pair in self._frames])
         whole, truth = np.maximum(wholes.reshape(-1, 2).T, np.finfo(float).tiny)
         within = int((np.abs(np.log2(whole / truth)) <= 1).sum())
@@ -439,9 +439,9 @@ def judge(own: Standing, shipped: Sequence[Standing]) -> EngineAdvice:
             f"against {best.own_planes_db:+.2f}"
         )
     if against:
-        said = f"use the shipped '{best.name}': {best.gain_db:+.2f} dB; "
-        return EngineAdvice(best.name, said + ", ".join(against))
-    said = (
+        text = f"use the shipped '{best.name}': {best.gain_db:+.2f} dB; "
+        return EngineAdvice(best.name, text + ", ".join(against))
+    text = (
         f"use '{own.name}': {own.gain_db:+.2f} dB on held-out fields, the best shipped"
     )
-    return EngineAdvice(own.name, f"{said} one '{best.name}' {best.gain_db:+.2f} dB")
+    return EngineAdvice(own.name, f"{text} one '{best.name}' {best.gain_db:+.2f} dB")

@@ -146,23 +146,23 @@ def _of_channels(
     described = _described(run, kind)
     several = len(run.positions) > 1
     of_position = f"{position.name} " if position is not None and several else ""
-    found: list[LayerData] = []
+    layers: list[LayerData] = []
     for c in range(pixels.shape[-4]):
         channel = described[c] if c < len(described) else {}
         name = str(channel.get("label", f"c{c}"))
-        told = f"{name} {kind}" if kind == "restored" else name
+        title = f"{name} {kind}" if kind == "restored" else name
         if kind in MAPS:
-            told = name.removesuffix(kind) + MAPS[kind]
+            title = name.removesuffix(kind) + MAPS[kind]
         arguments = {
-            "name": f"{of_position}{told}",
+            "name": f"{of_position}{title}",
             "blending": "additive",
             "visible": is_shown,
             "metadata": {"rtfocus": _facts(run, kind, c, position)},
             **_place(run, kind, position, pixels.ndim - 1),
             **_look(run, kind, channel),
         }
-        found.append((pixels[..., c, :, :, :], arguments, "image"))
-    return found
+        layers.append((pixels[..., c, :, :, :], arguments, "image"))
+    return layers
 
 
 def _described(run: Run, kind: Kind) -> list[dict[str, Any]]:
@@ -269,8 +269,8 @@ class Receiver:
 
     def take(self) -> list[Preview]:
         """Return the newest picture of every channel, each once; from any thread."""
-        taken = (slot.take() for slot in list(self._pictures.values()))
-        return [picture for picture in taken if picture is not None]
+        pictures = (slot.take() for slot in list(self._pictures.values()))
+        return [picture for picture in pictures if picture is not None]
 
     @property
     def skipped(self) -> int:
@@ -286,11 +286,11 @@ class Receiver:
         with self._viewer as viewer:
             while not self._ending.is_set():
                 try:
-                    came = viewer.received(_LOOK_S)
+                    messages = viewer.received(_LOOK_S)
                 except ProtocolError as error:
                     self.fault = str(error)
                     continue
-                for one in came:
+                for one in messages:
                     self._note(one)
 
     def _note(self, one: Preview | PreviewStatus) -> None:

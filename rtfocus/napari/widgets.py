@@ -178,20 +178,20 @@ def _channel(picture: Preview, series: SeriesStart | None) -> str:
 
 def _in_words(picture: Preview, channel: str, receiver: Receiver) -> str:
     frame, estimate = picture.header.frame, picture.header.estimate
-    said = [channel]
+    parts = [channel]
     if frame is not None:
-        said += [f"{axis} {number}" for axis, number in frame.index.items()]
+        parts += [f"{axis} {number}" for axis, number in frame.index.items()]
         if frame.z_um is not None:
-            said.append(f"stage at {frame.z_um:.2f} um")
+            parts.append(f"stage at {frame.z_um:.2f} um")
     if estimate is not None and estimate.defocus_um is not None:
         sign = "+" if estimate.signed else ""
-        said.append(f"defocus {estimate.defocus_um:{sign}.2f} um")
+        parts.append(f"defocus {estimate.defocus_um:{sign}.2f} um")
     rate = receiver.metrics.get("frames_per_s")
     if isinstance(rate, int | float):
-        said.append(f"{rate:.1f} frames/s")
+        parts.append(f"{rate:.1f} frames/s")
     if receiver.skipped:
-        said.append(f"{receiver.skipped} not shown")
-    return ", ".join(said)
+        parts.append(f"{receiver.skipped} not shown")
+    return ", ".join(parts)
 
 
 Restored = tuple[NDArray[Any], NDArray[Any] | None]
@@ -205,7 +205,7 @@ _SHOWN_PERCENT = (0.1, 99.9)
 def engine_names() -> list[str]:
     """Return what restores: the methods built in, then the engines there are."""
     engines = [
-        found.name for found in list_engines() if found.card.kind != "classifier"
+        engine.name for engine in list_engines() if engine.card.kind != "classifier"
     ]
     return list(dict.fromkeys([*METHODS, *engines]))
 
@@ -338,8 +338,8 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
         self.button.setEnabled(True)
         error = work.exception()
         if error is not None:
-            said = str(error) if isinstance(error, RtfocusError) else repr(error)
-            self.status.setText(said)
+            text = str(error) if isinstance(error, RtfocusError) else repr(error)
+            self.status.setText(text)
             return
         restored, errors = work.result()
         self._viewer.add_image(restored, **self._arguments, **_limits(restored))
@@ -349,12 +349,12 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
 
     def _of_tiles(self, errors: NDArray[Any]) -> dict[str, Any]:
         """Return how the errors are shown, a pixel of the layer for each tile."""
-        told, tiles = self._arguments, input_of(find_engine(self._engine).card)
+        arguments, tiles = self._arguments, input_of(find_engine(self._engine).card)
         return {
-            "name": f"{told['name']} {MAPS['expected_error']}",
+            "name": f"{arguments['name']} {MAPS['expected_error']}",
             "blending": "additive",
-            "metadata": told["metadata"],
-            **map_place({name: told[name] for name in _PLACE}, tiles),
+            "metadata": arguments["metadata"],
+            **map_place({name: arguments[name] for name in _PLACE}, tiles),
             **map_look(errors, signed=False),
         }
 
@@ -371,8 +371,8 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
     def _stated(self) -> OpticalSystem | None:
         """Return the optics that a layer of a run folder brings."""
         layer = self._chosen()
-        told = {} if layer is None else layer.metadata.get("rtfocus", {})
-        optics = told.get("optics") if isinstance(told, dict) else None
+        stated = {} if layer is None else layer.metadata.get("rtfocus", {})
+        optics = stated.get("optics") if isinstance(stated, dict) else None
         return optics if isinstance(optics, OpticalSystem) else None
 
     def _list_layers(self, _event: object = None) -> None:
@@ -409,8 +409,8 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
         axes = len(lies["scale"])
         if self.all_planes.isChecked() or axes == 2:
             return pixels, lies
-        shown = self._viewer.dims.current_step[-axes:][:-2]
-        inside = zip(shown, pixels.shape, strict=False)
+        steps = self._viewer.dims.current_step[-axes:][:-2]
+        inside = zip(steps, pixels.shape, strict=False)
         place = tuple(min(step, length - 1) for step, length in inside)
         return pixels[place], {name: values[-2:] for name, values in lies.items()}
 
@@ -423,8 +423,8 @@ def _number(least: float, most: float, digits: int) -> QDoubleSpinBox:
 
 
 def _limits(pixels: NDArray[Any]) -> dict[str, list[float]]:
-    seen = pixels[..., ::4, ::4] if pixels.ndim == 2 else pixels
-    known = seen[np.isfinite(seen)]
+    sample = pixels[..., ::4, ::4] if pixels.ndim == 2 else pixels
+    known = sample[np.isfinite(sample)]
     if not known.size:
         return {}
     low, high = np.percentile(known, _SHOWN_PERCENT)

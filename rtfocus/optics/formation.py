@@ -293,9 +293,9 @@ def transfer_function(psf: Image, sides: Sequence[int]) -> NDArray[np.complex64]
     return np.asarray(fft.rfft2(canvas))
 
 
-def _span(wanted: NDArray[np.bool_]) -> slice:
+def _span(mask: NDArray[np.bool_]) -> slice:
     """Smallest slice that covers all that is wanted."""
-    places = np.flatnonzero(wanted)
+    places = np.flatnonzero(mask)
     return slice(int(places[0]), int(places[-1]) + 1) if places.size else slice(0, 0)
 
 

@@ -43,10 +43,10 @@ def pad_frame(frame: ArrayLike, multiple_px: int, least_px: int = 0) -> Image:
         The frame itself lies at the upper left, unchanged.
     """
     pixels = np.asarray(frame, dtype=np.float32)
-    wanted = [
+    sides = [
         -(-max(side, least_px) // multiple_px) * multiple_px for side in pixels.shape
     ]
-    pads = [(0, new - old) for new, old in zip(wanted, pixels.shape, strict=True)]
+    pads = [(0, new - old) for new, old in zip(sides, pixels.shape, strict=True)]
     # "symmetric" repeats the border pixel: it also works on a side of one pixel.
     return np.pad(pixels, pads, mode="symmetric") if np.any(pads) else pixels
 

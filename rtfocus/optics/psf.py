@@ -243,8 +243,8 @@ class Kept:
         with self._lock:
             if place in self._results:
                 self._results.move_to_end(place)
-                found: Made = self._results[place]
-                return found
+                result: Made = self._results[place]
+                return result
         made = make(*key)
         with self._lock:
             if place not in self._results:

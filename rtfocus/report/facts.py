@@ -123,8 +123,8 @@ class RunFacts:
     @property
     def errors_said(self) -> str:
         """What is expected to be left in restored frames; empty: nobody knows it."""
-        found = [f.expected_error_counts for f in self.frames]
-        known = [counts for counts in found if counts is not None]
+        errors = [f.expected_error_counts for f in self.frames]
+        known = [counts for counts in errors if counts is not None]
         if not known:
             return ""
         low, middle, high = np.percentile(known, (5, 50, 95))
@@ -184,13 +184,13 @@ def left_out_by_hold(report: dict[str, Any]) -> str | None:
 
 def throughput_in_words(report: dict[str, Any]) -> str | None:
     """Tell how fast a run was; None: nobody knows, as of one frame."""
-    found = report.get("throughput", {})
+    throughput = report.get("throughput", {})
     parts = ("frames_per_s", "seconds", "cpu_s_per_frame")
-    if not found.get("frames_per_s") or None in map(found.get, parts):
+    if not throughput.get("frames_per_s") or None in map(throughput.get, parts):
         return None
     return (
-        f"{found['frames_per_s']:.1f} frames/s over {found['seconds']:.1f} s, "
-        f"{1e3 * found['cpu_s_per_frame']:.0f} ms CPU time per frame"
+        f"{throughput['frames_per_s']:.1f} frames/s over {throughput['seconds']:.1f} "
+        f"s, {1e3 * throughput['cpu_s_per_frame']:.0f} ms CPU time per frame"
     )
 
 
@@ -216,11 +216,11 @@ def focus_in_words(lines: list[FocusLine]) -> str:
     """Sum up searches, corrections and drift in one line."""
     verdicts = [line for line in lines if isinstance(line, VerdictLine)]
     holds = [line for line in lines if isinstance(line, HoldLine)]
-    found = sum(line.focused for line in verdicts)
+    count = sum(line.focused for line in verdicts)
     images = sum(line.images for line in verdicts)
     broken_off = sum(isinstance(line, FailureLine) for line in lines)
     searches = len(verdicts) + broken_off
-    text = f"autofocus: {found} of {searches} searches found focus, {images} images"
+    text = f"autofocus: {count} of {searches} searches found focus, {images} images"
     if broken_off:
         text += f", {broken_off} broke off"
     if holds:
@@ -252,8 +252,8 @@ def shown_frames(facts: RunFacts) -> list[ShownFrame]:
     for place, name in zip(places, names, strict=True):
         chosen[place] = f"{chosen[place]}, {name}" if place in chosen else name
     images = _Images(facts.folder, facts.header)
-    found = (images.frame(ordered[place], name) for place, name in chosen.items())
-    return [frame for frame in found if frame is not None]
+    frames = (images.frame(ordered[place], name) for place, name in chosen.items())
+    return [frame for frame in frames if frame is not None]
 
 
 def _defocus(frame: _JournalFrame) -> float | None:
@@ -299,15 +299,17 @@ def _read_journal(facts: RunFacts) -> None:
         if frame.engines and 0 <= c < len(channels):
             worked = facts.engines.setdefault(channels[c], Counter())
             worked.update(frame.engines.values())
-    seen = [f for f in frames if f.captured_ns is not None and f.status != "missing"]
-    facts.frames = seen
-    facts.first_ns = min((f.captured_ns or 0 for f in seen), default=0)
-    facts.seconds = _column((f.captured_ns or 0) - facts.first_ns for f in seen) / 1e9
-    facts.defocus_um = _column(_or_nan(_defocus(f)) for f in seen)
-    facts.z_um = _column(_or_nan(f.z_um) for f in seen)
-    facts.durable_ms = _column(_durable_ms(f) for f in seen)
-    facts.position = np.array([(f.index or {}).get("p", 0) for f in seen], np.int64)
-    facts.signed = any(f.estimate is not None and f.estimate.signed for f in seen)
+    exposed = [f for f in frames if f.captured_ns is not None and f.status != "missing"]
+    facts.frames = exposed
+    facts.first_ns = min((f.captured_ns or 0 for f in exposed), default=0)
+    facts.seconds = (
+        _column((f.captured_ns or 0) - facts.first_ns for f in exposed) / 1e9
+    )
+    facts.defocus_um = _column(_or_nan(_defocus(f)) for f in exposed)
+    facts.z_um = _column(_or_nan(f.z_um) for f in exposed)
+    facts.durable_ms = _column(_durable_ms(f) for f in exposed)
+    facts.position = np.array([(f.index or {}).get("p", 0) for f in exposed], np.int64)
+    facts.signed = any(f.estimate is not None and f.estimate.signed for f in exposed)
 
 
 def _column(values: Iterator[float]) -> NDArray[np.float64]:

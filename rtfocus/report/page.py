@@ -131,12 +131,12 @@ def _of_losses(terms: dict[str, Any]) -> Iterator[Advice]:
 def _of_the_microscope(facts: RunFacts) -> Iterator[Advice]:
     for text in (facts.report or {}).get("warnings", ()):
         yield Advice(f"microscope side: {text}")
-    told = [
+    reasons = [
         (reason, number)
         for reason, number in facts.reasons.most_common()
         if not reason.endswith(_AS_CONFIGURED)
     ]
-    for reason, number in told[:_MOST_REASONS]:
+    for reason, number in reasons[:_MOST_REASONS]:
         raw_only = "stored raw: restore them with rtfocus restore RUN/raw.ome.zarr"
         remedy = raw_only if reason.startswith("raw_only") else ""
         yield Advice(f"{number * facts.every} frames: {reason}", remedy)
@@ -401,10 +401,10 @@ def _config(facts: RunFacts) -> str:
 
 
 def _foot(facts: RunFacts) -> str:
-    made = time.strftime("%Y-%m-%d %H:%M:%S")
+    written = time.strftime("%Y-%m-%d %H:%M:%S")
     return (
-        f'<p class="faint">Made {made} by rtfocus {__version__} from the run folder; '
-        f"series {html.escape(facts.header.series.series_uid)}. "
+        f'<p class="faint">Made {written} by rtfocus {__version__} from the run '
+        f"folder; series {html.escape(facts.header.series.series_uid)}. "
         "Made anew by: rtfocus report RUN.</p>"
     )
 

@@ -221,8 +221,8 @@ def _moves(facts: RunFacts, chart: Chart) -> None:
     )
     for lines, colour, name in kinds:
         times = [(line.time_ns - facts.first_ns) / 1e9 for line in lines]
-        shown = times[:: max(1, len(times) // 200)]
-        for seconds in shown:
+        thinned = times[:: max(1, len(times) // 200)]
+        for seconds in thinned:
             chart.upright(seconds, colour, dash=2)
         chart.name(f"{name} ({len(times)})" if times else "", colour)
 
@@ -249,8 +249,8 @@ def _pixel_panels(frame: ShownFrame, pixel_um: float | None) -> list[Panel]:
         images.append(("restored", _plain(frame.restored)))
     # Of a large frame every n-th pixel: all of them would take most of a report's time.
     step = max(1, min(frame.raw.shape[:2]) // _WINDOW_PX)
-    seen = images[0][1][::step, ::step]
-    low, high = (float(v) for v in np.nanpercentile(seen, (0.5, 99.8)))
+    sample = images[0][1][::step, ::step]
+    low, high = (float(v) for v in np.nanpercentile(sample, (0.5, 99.8)))
     high = max(high, low + 1.0)
     panels = []
     for name, image in images:
@@ -395,16 +395,16 @@ class SideBySide:
         images: ImageSet,
         number: int,
         restored: NDArray[np.generic] | None,
-        found: DefocusMap | None,
+        defocus: DefocusMap | None,
     ) -> None:
         series = images.series[number]
         index = next(iter(series.indices()))
         known = images.optics(number, index.get("c", 0)).system
         pixel_um = series.pixel_size_um or (known.pixel_size_um if known else None)
-        values = None if found is None else found.defocus_um
+        values = None if defocus is None else defocus.defocus_um
         raw = series.read(**index)
         frame = ShownFrame(series.name, index, None, raw, restored, values)
-        grid = None if found is None else found.grid
+        grid = None if defocus is None else defocus.grid
         self._frames.append((frame, pixel_um, grid))
 
 

@@ -97,7 +97,7 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 
-def choose_backend(wanted: str) -> Backend:
+def choose_backend(name: str) -> Backend:
     """Return the backend of a name, or for ``auto`` the first that is available.
 
     Raises
@@ -106,12 +106,12 @@ def choose_backend(wanted: str) -> Backend:
         If the wanted one, or every one, is unavailable; says why.
     """
     return next(
-        usable("network backend", wanted, BACKENDS, lambda b: b.why_unavailable())
+        usable("network backend", name, BACKENDS, lambda b: b.why_unavailable())
     )
 
 
 def open_engine(
-    found: FoundEngine,
+    engine: FoundEngine,
     settings: ProcessingConfig,
     *,
     shape: Shape,
@@ -132,15 +132,15 @@ def open_engine(
     EngineError
         If it is no network, its weights are damaged, or it cannot be loaded.
     """
-    card = found.card
+    card = engine.card
     tiles = input_of(card)
     condition = card.condition
     weights, precision = choose_weights(card, settings.precision)
     backend = choose_backend(settings.backend)
     request = CpuRequest(
-        model=verified_file(found.folder, card, weights),
+        model=verified_file(engine.folder, card, weights),
         inputs=Inputs(
-            engine=found.name,
+            engine=engine.name,
             tiles=tiles.name,
             shape=shape,
             condition=None if condition is None else condition.name,
@@ -152,7 +152,7 @@ def open_engine(
         weights=weights,
     )
     if settings.precision == "auto":
-        request = _by_measurement(found, backend, request)
+        request = _by_measurement(engine, backend, request)
     return backend.open_engine(_arranged(card, request))
 
 
@@ -322,16 +322,16 @@ class Decisions:
     def _find(self, key: Key) -> Decision | None:
         path = self.path(key)
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=Decision)
+            decision = msgspec.json.decode(path.read_bytes(), type=Decision)
         except FileNotFoundError:
             return None
         except (OSError, msgspec.MsgspecError, RecursionError) as error:
             logger.warning("'%s' cannot be read: measured again (%s)", path, error)
             return None
-        if found.key != key or found.taken not in found.times_ms:
+        if decision.key != key or decision.taken not in decision.times_ms:
             logger.warning("'%s' is of something else: measured again", path)
             return None
-        return found
+        return decision
 
     def _keep(self, decision: Decision) -> Decision:
         """Keep a decision; return the one that another process kept before."""
@@ -359,16 +359,16 @@ DECISIONS = Decisions()
 
 
 def _by_measurement(
-    found: FoundEngine, backend: Backend, request: CpuRequest
+    engine: FoundEngine, backend: Backend, request: CpuRequest
 ) -> CpuRequest:
     """Return the request in what is fastest here, timed now or at an earlier start."""
-    options = choices(found.card, backend.computes())
+    options = choices(engine.card, backend.computes())
     if len(options) == 1:
         return replace(request, precision=options[0].computes)
-    shape = timed_shape(found.card, request.inputs.shape)
+    shape = timed_shape(engine.card, request.inputs.shape)
     key = Key(
-        engine=found.name,
-        weights_sha256=tuple(found.card.sha256[one.weights] for one in options),
+        engine=engine.name,
+        weights_sha256=tuple(engine.card.sha256[one.weights] for one in options),
         processor=processor_name(),
         runtime=f"{backend.name} {import_module(backend.name).__version__}",
         threads=request.threads,
@@ -376,9 +376,9 @@ def _by_measurement(
         outputs=request.outputs,
     )
     small = replace(request, inputs=replace(request.inputs, shape=shape))
-    decision = DECISIONS.decide(key, partial(_time, found, backend, small, options))
-    taken = next(one for one in options if one.name == decision.taken)
-    return replace(_as_choice(found, request, taken), measured=str(decision))
+    decision = DECISIONS.decide(key, partial(_time, engine, backend, small, options))
+    chosen = next(one for one in options if one.name == decision.taken)
+    return replace(_as_choice(engine, request, chosen), measured=str(decision))
 
 
 def _time(
@@ -399,10 +399,10 @@ def _time(
         return time_passes(passes)
 
 
-def _as_choice(found: FoundEngine, request: CpuRequest, choice: Choice) -> CpuRequest:
+def _as_choice(engine: FoundEngine, request: CpuRequest, choice: Choice) -> CpuRequest:
     return replace(
         request,
-        model=verified_file(found.folder, found.card, choice.weights),
+        model=verified_file(engine.folder, engine.card, choice.weights),
         weights=choice.weights,
         precision=choice.computes,
     )
@@ -442,6 +442,6 @@ def runs_on(engine: Engine) -> str:
     Where ``processing.precision: auto`` had a choice, the times that decided follow.
     """
     parts = [engine.backend, engine.request.weights, engine.precision]
-    said = " ".join(part for part in parts if part != "fp32")
+    text = " ".join(part for part in parts if part != "fp32")
     measured = engine.request.measured
-    return f"{said} ({measured})" if measured else said
+    return f"{text} ({measured})" if measured else text

@@ -33,8 +33,8 @@ AXES = "bcyx"
 def arrange(array: NDArray[Any], axes: str) -> NDArray[Any]:
     """Return an array of `AXES` in another order; what `axes` lacks has length 1."""
     left_out = tuple(AXES.index(axis) for axis in AXES if axis not in axes)
-    kept = [axis for axis in AXES if axis in axes]
-    return array.squeeze(left_out).transpose([kept.index(axis) for axis in axes])
+    present = [axis for axis in AXES if axis in axes]
+    return array.squeeze(left_out).transpose([present.index(axis) for axis in axes])
 
 
 def arranged_shape(shape: Shape, axes: str) -> Shape:
@@ -56,8 +56,8 @@ def straighten(array: NDArray[Any], axes: str, engine: str) -> NDArray[Any]:
             f"'{axes}'; correct its steps"
         )
         raise EngineError(msg)
-    kept = [axis for axis in AXES if axis in axes]
-    ordered = array.transpose([axes.index(axis) for axis in kept])
+    present = [axis for axis in AXES if axis in axes]
+    ordered = array.transpose([axes.index(axis) for axis in present])
     lacking = tuple(AXES.index(axis) for axis in AXES if axis not in axes)
     return np.expand_dims(ordered, lacking)
 
@@ -107,14 +107,14 @@ class Inputs:
                 )
                 raise EngineError(msg)
             return
-        wanted = (number, self.entries)
+        shape = (number, self.entries)
         if condition is None:
-            msg = f"engine '{self.engine}' needs its input '{self.condition}' {wanted}"
+            msg = f"engine '{self.engine}' needs its input '{self.condition}' {shape}"
             raise EngineError(msg)
-        if condition.dtype != np.float32 or condition.shape != wanted:
+        if condition.dtype != np.float32 or condition.shape != shape:
             msg = (
                 f"engine '{self.engine}': input '{self.condition}' must be float32 "
-                f"{wanted}, got {condition.dtype} {condition.shape}"
+                f"{shape}, got {condition.dtype} {condition.shape}"
             )
             raise EngineError(msg)
 
@@ -386,9 +386,9 @@ class OnnxRuntimeEngine(Engine):
         """Compare the card's tensor names with the file's."""
         inputs = [tensor.name for tensor in self._session.get_inputs()]
         outputs = [tensor.name for tensor in self._session.get_outputs()]
-        wanted = {request.inputs.tiles, request.inputs.condition} - {None}
-        if set(inputs) != wanted or not set(request.outputs) <= set(outputs):
-            ours = " and ".join(f"'{name}'" for name in sorted(map(str, wanted)))
+        expected = {request.inputs.tiles, request.inputs.condition} - {None}
+        if set(inputs) != expected or not set(request.outputs) <= set(outputs):
+            ours = " and ".join(f"'{name}'" for name in sorted(map(str, expected)))
             names = ", ".join(f"'{name}'" for name in request.outputs)
             msg = (
                 f"engine '{self.name}': the card says input {ours} and output {names}, "
@@ -399,9 +399,9 @@ class OnnxRuntimeEngine(Engine):
 
     def _run(self, tensors: Outputs) -> Outputs:
         names = self.request.outputs
-        found = self._session.run(list(names), tensors)
+        arrays = self._session.run(list(names), tensors)
         return {
-            name: np.asarray(array) for name, array in zip(names, found, strict=True)
+            name: np.asarray(array) for name, array in zip(names, arrays, strict=True)
         }
 
     def close(self) -> None:

@@ -263,7 +263,7 @@ def batched(largest: Shape) -> ShapeRange:
     return ShapeRange((1, *largest[1:]), largest, largest)
 
 
-def preferred_precision(found: FoundEngine) -> Precision:
+def preferred_precision(engine: FoundEngine) -> Precision:
     """Return the precision that runs where none is asked for.
 
     fp16 where the engine has it: GPUs compute it several times faster, and it stays
@@ -274,17 +274,17 @@ def preferred_precision(found: FoundEngine) -> Precision:
     EngineError
         If the engine is no network.
     """
-    if "fp32" not in found.card.files:
+    if "fp32" not in engine.card.files:
         msg = (
-            f"engine '{found.name}' is {found.card.implementation}: it has no network, "
-            "so there is nothing to build"
+            f"engine '{engine.name}' is {engine.card.implementation}: it has no "
+            "network, so there is nothing to build"
         )
         raise EngineError(msg)
-    return "fp16" if "fp16" in found.card.files else "fp32"
+    return "fp16" if "fp16" in engine.card.files else "fp32"
 
 
 def gpu_request(
-    found: FoundEngine,
+    engine: FoundEngine,
     frame: tuple[int, int],
     precision: Precision | None = None,
     *,
@@ -309,14 +309,14 @@ def gpu_request(
     EngineError
         If the engine is no network, lacks these weights, or they are damaged.
     """
-    chosen = precision or preferred_precision(found)
-    model = verified_file(found.folder, found.card, chosen)
+    chosen = precision or preferred_precision(engine)
+    model = verified_file(engine.folder, engine.card, chosen)
     return GpuRequest(
-        name=found.name,
+        name=engine.name,
         model=model,
-        weights_sha256=found.card.sha256[chosen],
+        weights_sha256=engine.card.sha256[chosen],
         precision=chosen,
-        inputs=engine_inputs(found.card, frame, tiles_per_batch, pixels),
+        inputs=engine_inputs(engine.card, frame, tiles_per_batch, pixels),
         tf32=tf32,
         cuda_graphs=cuda_graphs,
     )

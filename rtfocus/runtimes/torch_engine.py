@@ -248,14 +248,14 @@ class TorchNetwork:
                 for name in node.inputs
             ]
             try:
-                made = OPERATORS[node.operator](node, given)
+                outputs = OPERATORS[node.operator](node, given)
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 msg = (
                     f"engine '{self.name}': node '{node.name}' ({node.operator}) "
                     f"failed in torch: {error}; use TensorRT or the CPU"
                 )
                 raise EngineError(msg) from error
-            results = made if isinstance(made, tuple) else (made,)
+            results = outputs if isinstance(outputs, tuple) else (outputs,)
             values.update(zip(node.outputs, results, strict=False))
             for name in self._last_use.get(place, ()):
                 values.pop(name, None)

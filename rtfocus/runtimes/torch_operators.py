@@ -215,10 +215,10 @@ def _shape(node: Node, inputs: Inputs) -> Tensor:
 
 
 def _reshape(node: Node, inputs: Inputs) -> Tensor:
-    values, wanted = needed(inputs), listed(inputs, 1)
+    values, sides = needed(inputs), listed(inputs, 1)
     if not node.get("allowzero"):
-        wanted = [values.shape[i] if n == 0 else n for i, n in enumerate(wanted)]
-    return values.reshape(wanted)
+        sides = [values.shape[i] if n == 0 else n for i, n in enumerate(sides)]
+    return values.reshape(sides)
 
 
 def _gather(node: Node, inputs: Inputs) -> Tensor:
@@ -228,9 +228,9 @@ def _gather(node: Node, inputs: Inputs) -> Tensor:
         return values.select(axis, int(index))
     places = index.to(values.device, non_blocking=True).flatten()
     places = torch.where(places < 0, places + values.shape[axis], places)
-    taken = values.index_select(axis, places)
+    gathered = values.index_select(axis, places)
     sides = [*values.shape[:axis], *index.shape, *values.shape[axis + 1 :]]
-    return taken.reshape(sides)
+    return gathered.reshape(sides)
 
 
 def _gather_nd(node: Node, inputs: Inputs) -> Tensor:

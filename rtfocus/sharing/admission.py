@@ -154,10 +154,10 @@ def _refuse_other_labels(card: EngineCard, graph: onnx.GraphProto) -> None:
     output = output_of(card)
     for tensor in graph.output if output.labels else ():
         sides = [dim.dim_value for dim in tensor.type.tensor_type.shape.dim]
-        found = sides[1] if len(sides) > 1 else 0
-        if tensor.name == output.name and found not in (0, len(output.labels)):
+        labels = sides[1] if len(sides) > 1 else 0
+        if tensor.name == output.name and labels not in (0, len(output.labels)):
             msg = (
-                f"engine '{card.name}': '{output.name}' of its network has {found} "
+                f"engine '{card.name}': '{output.name}' of its network has {labels} "
                 f"labels, its card lists {len(output.labels)}; correct output.labels"
             )
             raise EngineError(msg)
@@ -165,22 +165,22 @@ def _refuse_other_labels(card: EngineCard, graph: onnx.GraphProto) -> None:
 
 def _taken(package: Package, name: str | None, values: Values | None) -> Files:
     """Return the files of the engine that a package holds."""
-    found = [rdf for rdf in RDF_NAMES if rdf in package]
-    if not found and CARD_NAME in package:
+    names = [rdf for rdf in RDF_NAMES if rdf in package]
+    if not names and CARD_NAME in package:
         return _of_card(package, _card_in(package), name)
-    if not found:
+    if not names:
         msg = (
             f"'{package.origin}' holds no {' or '.join(RDF_NAMES[:2])} and no "
             f"{CARD_NAME}: it is neither a model package of bioimage.io nor an engine"
         )
         raise EngineError(msg)
-    rdf = _read_rdf(package, found[0])
+    rdf = _read_rdf(package, names[0])
     config = rdf.get("config")
     ours = config.get("rtfocus") if isinstance(config, dict) else None
     if ours is not None:
         return _exported(package, rdf, ours, name)
     try:
-        return _admitted(package, rdf, found[0], name, values)
+        return _admitted(package, rdf, names[0], name, values)
     except EngineError as error:
         # One line of what comes from below, and whose it is.
         why = " ".join(str(error).split())
@@ -189,11 +189,11 @@ def _taken(package: Package, name: str | None, values: Values | None) -> Files:
 
 
 def _read_rdf(package: Package, rdf: str) -> dict[str, Any]:
-    found = _yaml(package, rdf)
-    if not isinstance(found, dict):
+    document = _yaml(package, rdf)
+    if not isinstance(document, dict):
         msg = f"'{rdf}' in '{package.origin}' describes nothing: it is no mapping"
         raise EngineError(msg)
-    return found
+    return document
 
 
 def _admitted(
@@ -376,14 +376,14 @@ def _card_in(package: Package) -> EngineCard:
 def _yaml(package: Package, name: str) -> Any:  # noqa: ANN401
     """Read a YAML file; its anchors stand for no more than can be meant."""
     try:
-        found = parse_yaml(decode(package.read(name, TEXT_BYTES)))
-        if _values_in(found, {}) > _MOST_VALUES:
+        content = parse_yaml(decode(package.read(name, TEXT_BYTES)))
+        if _values_in(content, {}) > _MOST_VALUES:
             msg = f"stands for more than {_MOST_VALUES} values by its anchors"
             raise ValueError(msg)
     except ValueError as error:
         msg = f"'{name}' in '{package.origin}' {error}"
         raise EngineError(msg) from error
-    return found
+    return content
 
 
 def _values_in(part: object, known: dict[int, float]) -> float:
@@ -414,8 +414,8 @@ def _of_card(package: Package, card: EngineCard, name: str | None) -> Files:
 
 def dumped(card: EngineCard, name: str) -> bytes:
     """Return the card as a file, under a name."""
-    said = card.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-    text = yaml.safe_dump({**said, "name": name}, sort_keys=False, allow_unicode=True)
+    values = card.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    text = yaml.safe_dump({**values, "name": name}, sort_keys=False, allow_unicode=True)
     return text.encode()
 
 

@@ -233,9 +233,9 @@ def _model(rdf: _Rdf) -> Model:
 
 def _onnx_of(weights: Mapping[str, Any]) -> _Weights:
     if "onnx" not in weights:
-        found = [_CODE.get(key, key) for key in weights] or ["nothing"]
+        formats = [_CODE.get(key, key) for key in weights] or ["nothing"]
         msg = (
-            f"brings no ONNX weights but {', '.join(found)}; ask its authors for the "
+            f"brings no ONNX weights but {', '.join(formats)}; ask its authors for the "
             "ONNX weights, or convert it with bioimageio.core and add what comes out"
         )
         raise EngineError(msg)
@@ -284,7 +284,7 @@ def _words_05(tensor: _Tensor05, steps: list[dict[str, Any]], what: str) -> Tens
 
 def _sides(axes: Mapping[str, _Axis]) -> dict[str, Side]:
     """Return the sizes of y and x; one may follow the other of the same tensor."""
-    found: dict[str, Side] = {}
+    sides: dict[str, Side] = {}
     for letter in "yx":
         size = axes[letter].size if letter in axes else None
         if isinstance(size, _Reference) and size.axis_id in set("yx") - {letter}:
@@ -296,8 +296,8 @@ def _sides(axes: Mapping[str, _Axis]) -> dict[str, Side]:
         if isinstance(size, int):
             size = Side(min=size)
         if isinstance(size, Side):
-            found[letter] = size
-    return found
+            sides[letter] = size
+    return sides
 
 
 def _step_05(step: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[Any]:

@@ -46,7 +46,7 @@ Section = dict[str, Any]
 
 
 def export_bioimageio(
-    found: FoundEngine,
+    engine: FoundEngine,
     target: Path,
     *,
     authors: list[str],
@@ -58,7 +58,7 @@ def export_bioimageio(
 
     Parameters
     ----------
-    found
+    engine
         A network that restores and sees the range of percentiles.
     target
         The ``.zip``.
@@ -83,18 +83,18 @@ def export_bioimageio(
     OutputError
         If `target` exists or cannot be written.
     """
-    card = found.card
+    card = engine.card
     _refuse_unspeakable(card)
-    model = verified_file(found.folder, card, "fp32")
+    model = verified_file(engine.folder, card, "fp32")
     files = {
-        CARD_NAME: (found.folder / CARD_NAME).read_bytes(),
-        _README: _readme(found).encode(),
+        CARD_NAME: (engine.folder / CARD_NAME).read_bytes(),
+        _README: _readme(engine).encode(),
         **{
-            name: verified_file(found.folder, card, precision).read_bytes()
+            name: verified_file(engine.folder, card, precision).read_bytes()
             for precision, name in card.files.items()
         },
     }
-    tensors = _test_tensors(found)
+    tensors = _test_tensors(engine)
     for name, tensor in tensors.items():
         files[f"test_{name}.npy"] = _npy(tensor)
     rdf = {
@@ -172,17 +172,19 @@ def _citation(card: EngineCard, cite: str) -> Section:
     return {"text": f"{card.name}: {card.description}", key: cite}
 
 
-def _readme(found: FoundEngine) -> str:
+def _readme(engine: FoundEngine) -> str:
     """Return the engine's README with the section that the spec asks for."""
-    path = found.folder / _README
-    text = path.read_text("utf-8") if path.is_file() else f"# {found.name}\n"
-    figures = [f"- {name}: {value}" for name, value in found.card.figures.items()]
-    said = figures or ["Figures, and how they were measured: above."]
+    path = engine.folder / _README
+    text = path.read_text("utf-8") if path.is_file() else f"# {engine.name}\n"
+    figures = [f"- {name}: {value}" for name, value in engine.card.figures.items()]
+    figures_text = figures or ["Figures, and how they were measured: above."]
     scale = (
         "Restored values are on the scale on which the input's two percentiles are 0 "
         "and 1. Optics and levels: `config.rtfocus`."
     )
-    return "\n".join([text.rstrip(), "", "## Validation", "", *said, "", scale, ""])
+    return "\n".join(
+        [text.rstrip(), "", "## Validation", "", *figures_text, "", scale, ""]
+    )
 
 
 def _test_tensors(found: FoundEngine) -> dict[str, Image]:

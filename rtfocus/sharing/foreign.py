@@ -66,8 +66,8 @@ def card_of(model: Model, network: onnx.ModelProto, sha256: str) -> dict[str, An
     EngineError
         What goes on after the model's name.
     """
-    for said in (*_faults_of_network(network), *_faults_of_words(model)):
-        raise EngineError(said)
+    for fault in (*_faults_of_network(network), *_faults_of_words(model)):
+        raise EngineError(fault)
     (given,), (gives,) = _given_by_caller(network), network.graph.output
     lengths = given.type.tensor_type.shape.dim
     tile = _tile(model, tuple(one.dim_value or None for one in lengths))
@@ -148,11 +148,11 @@ def _tile(model: Model, shape: tuple[int | None, ...]) -> Tile:
     said = model.input.sides
     sides = [_side(model.input, shape, axis, said.get(axis)) for axis in "yx"]
     stated = model.output.halo_px
-    wanted = max(_TILE_PX, 4 * stated)
+    side_px = max(_TILE_PX, 4 * stated)
     for px in range(1, _LARGEST_TILE_PX + 1):
         fits = all(_takes(side, px) for side in sides)
         fixed = any(side.step == 0 for side in sides)
-        if fits and (fixed or px >= wanted):
+        if fits and (fixed or px >= side_px):
             halo_px = stated or min(_HALO_PX, px // 8)
             if 2 * halo_px < px:
                 return Tile(px, halo_px)
@@ -264,7 +264,7 @@ def prove(
     EngineError
         What goes on after the model's name: by how much it misses what it says.
     """
-    found = FoundEngine(folder, card)
+    engine = FoundEngine(folder, card)
     if expected.shape != raw.shape:
         msg = (
             f"makes {_size(expected)} pixels of {_size(raw)}; a restorer gives images "
@@ -273,10 +273,12 @@ def prove(
         raise EngineError(msg)
     steps = card.steps or StepsCard()
     shown = [steps.show(image) for image in raw]
-    made = _run(found, np.stack([one.image for one in shown]))
-    given = np.stack([steps.give(*one) for one in zip(made, shown, raw, strict=True)])
+    outputs = _run(engine, np.stack([one.image for one in shown]))
+    given = np.stack(
+        [steps.give(*one) for one in zip(outputs, shown, raw, strict=True)]
+    )
     largest = _compare(given, expected, model.tolerance)
-    _try_tile(found)
+    _try_tile(engine)
     return Proof(largest, _values(steps, given, shown, raw))
 
 
@@ -297,14 +299,14 @@ def _run(found: FoundEngine, images: Image) -> Image:
             threads=usable_threads(),
         )
         try:
-            made = [engine.infer(image[None])[name] for image in images]
+            outputs = [engine.infer(image[None])[name] for image in images]
         finally:
             engine.close()
     except EngineError as error:
         why = " ".join(str(error).split())
         msg = f"cannot be run on its own test tensor: {why}"
         raise EngineError(msg) from error
-    result = np.concatenate(made)
+    result = np.concatenate(outputs)
     if result.shape != images.shape:
         msg = (
             f"has a network that makes {_size(result)} of {_size(images)}; a restorer "
@@ -335,12 +337,12 @@ def _compare(given: Image, expected: Image, allowed: Tolerance) -> float:
     return float(np.max(apart))
 
 
-def _try_tile(found: FoundEngine) -> None:
+def _try_tile(engine: FoundEngine) -> None:
     """Run the network on a tile as images are cut for it."""
-    tiles = input_of(found.card)
+    tiles = input_of(engine.card)
     empty = np.zeros((1, tiles.channels, tiles.tile_px, tiles.tile_px), np.float32)
     try:
-        network = TileNetwork(found, ProcessingConfig(precision="f32"))
+        network = TileNetwork(engine, ProcessingConfig(precision="f32"))
         try:
             network.restored(empty, None)
         finally:

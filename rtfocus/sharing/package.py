@@ -341,8 +341,8 @@ class _SafeRedirects(HTTPRedirectHandler):
         from_here = _parts(req.full_url).scheme == "http"
         if not _may_be_fetched(newurl) or not (to_https or from_here):
             fp.close()
-            said = f"'{req.full_url}' sends on to '{newurl}', which is not https"
-            raise EngineError(said)
+            text = f"'{req.full_url}' sends on to '{newurl}', which is not https"
+            raise EngineError(text)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -370,8 +370,8 @@ def in_one_line(text: str) -> str:
     >>> in_one_line("a  model" + chr(27) + "[2J")
     'a model [2J'
     """
-    kept = "".join(letter if letter.isprintable() else " " for letter in text)
-    return " ".join(kept.split())
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(printable.split())
 
 
 def verified(
@@ -391,10 +391,10 @@ def verified(
         )
         raise EngineError(msg)
     data = package.read(source.removeprefix("./"), most_bytes)
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and found != sha256.lower():
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and digest != sha256.lower():
         msg = (
-            f"'{source}' in '{package.origin}' has sha256 {found}, its description "
+            f"'{source}' in '{package.origin}' has sha256 {digest}, its description "
             f"says {sha256}; the package is damaged or was changed: get it again"
         )
         raise EngineError(msg)

@@ -155,11 +155,11 @@ def kernels_of_pair(sharp: ArrayLike, blurred: ArrayLike) -> list[KernelEstimate
 def keep_best(estimates: Iterable[KernelEstimate], keep: int) -> list[KernelEstimate]:
     """Keep the kernels of least error of each class of sizes; small ones go."""
     ranked = sorted(estimates, key=lambda estimate: estimate.error)
-    kept: list[KernelEstimate] = []
+    best: list[KernelEstimate] = []
     for smallest, largest in SIZE_CLASSES_PX:
         members = [e for e in ranked if smallest <= e.size_px <= largest]
-        kept += members[:keep]
-    return kept
+        best += members[:keep]
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +177,11 @@ class _Equations:
 
     @classmethod
     def of(
-        cls, views: NDArray[np.float64], wanted: NDArray[np.float64]
+        cls, views: NDArray[np.float64], target: NDArray[np.float64]
     ) -> "_Equations":
-        taps = views.reshape(wanted.size, -1)
-        flat = wanted.ravel()
-        return cls(taps.T @ taps, taps.T @ flat, float(flat @ flat), wanted.size)
+        taps = views.reshape(target.size, -1)
+        flat = target.ravel()
+        return cls(taps.T @ taps, taps.T @ flat, float(flat @ flat), target.size)
 
     def joined(self, other: "_Equations") -> "_Equations":
         return _Equations(

@@ -44,8 +44,8 @@ class DropMaps(nn.Dropout2d):
         """Return maps (N, C, H, W), some of them 0 and the others larger."""
         if not self.training or self.p == 0:
             return maps
-        kept = torch.empty(maps.shape[:2]).bernoulli_(1 - self.p, generator=chance())
-        return maps * (kept / (1 - self.p)).to(maps)[:, :, None, None]
+        mask = torch.empty(maps.shape[:2]).bernoulli_(1 - self.p, generator=chance())
+        return maps * (mask / (1 - self.p)).to(maps)[:, :, None, None]
 
 
 def encoder_sizes(weights: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
@@ -325,13 +325,13 @@ def label_loss(logits: Tensor, levels: Tensor, empty: Tensor) -> Tensor:
     place = (levels[known] + highest / 2).clamp(0, highest)
     lower = place.floor().clamp(max=highest - 1)
     share = place - lower
-    wanted = functional.one_hot(lower.long(), count) * (1 - share)[:, None]
-    wanted = wanted + functional.one_hot(lower.long() + 1, count) * share[:, None]
-    background = torch.zeros_like(wanted)
+    target = functional.one_hot(lower.long(), count) * (1 - share)[:, None]
+    target = target + functional.one_hot(lower.long() + 1, count) * share[:, None]
+    background = torch.zeros_like(target)
     background[:, -1] = 1
-    wanted = torch.where(empty[known][:, None], background, wanted)
-    found = logits.permute(0, 2, 3, 1)[known].log_softmax(dim=1)
-    return -(wanted * found).sum(dim=1).mean()
+    target = torch.where(empty[known][:, None], background, target)
+    log_likelihood = logits.permute(0, 2, 3, 1)[known].log_softmax(dim=1)
+    return -(target * log_likelihood).sum(dim=1).mean()
 
 
 def found_level(logits: Tensor) -> Tensor:

@@ -341,8 +341,8 @@ def loss_of(logits: Tensor, labels: Tensor, ordinal_weight: float) -> Tensor:
 @torch.no_grad()
 def accuracies(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Return the share of right labels, and of levels at most one off."""
-    found = logits.argmax(dim=1)
+    predicted = logits.argmax(dim=1)
     specimen = labels < LEVEL_COUNT
-    close = ((found - labels).abs() <= 1) & (found < LEVEL_COUNT)
+    close = ((predicted - labels).abs() <= 1) & (predicted < LEVEL_COUNT)
     within = close[specimen].float().mean() if specimen.any() else torch.tensor(1.0)
-    return {"accuracy": (found == labels).float().mean(), "within_one": within}
+    return {"accuracy": (predicted == labels).float().mean(), "within_one": within}

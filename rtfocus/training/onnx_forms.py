@@ -136,14 +136,14 @@ def write_half_network(source: Path, path: Path) -> None:
     types = _tensor_types(graph)
     outputs = {value.name for value in graph.output}
     # What sensitive nodes alone read, such as scales, stays as it is.
-    kept = _read_in_single(graph)
-    weights = [t if t.name in kept else _halve(t) for t in graph.initializer]
+    single = _read_in_single(graph)
+    weights = [t if t.name in single else _halve(t) for t in graph.initializer]
     nodes = [
         _cast(value.name, f"{value.name}__half", half=True)
         for value in graph.input
         if types[value.name] == TensorProto.FLOAT
     ]
-    wide = {name: name for name in kept}
+    wide = {name: name for name in single}
     entering = {node.input[0]: node.output[0] for node in nodes}
     for node in graph.node:
         _rename(node, entering, outputs, types)
@@ -247,9 +247,9 @@ def _halve(tensor: onnx.TensorProto) -> onnx.TensorProto:
 
 def _to_half(values: NDArray[np.float32]) -> NDArray[np.float16]:
     """Round to 16 bits; what is not 0 stays so, what is too large stays finite."""
-    kept = np.clip(values, -_LARGEST, _LARGEST)
-    tiny = (kept != 0) & (np.abs(kept) < _SMALLEST)
-    return np.where(tiny, np.copysign(_SMALLEST, kept), kept).astype(np.float16)
+    clipped = np.clip(values, -_LARGEST, _LARGEST)
+    tiny = (clipped != 0) & (np.abs(clipped) < _SMALLEST)
+    return np.where(tiny, np.copysign(_SMALLEST, clipped), clipped).astype(np.float16)
 
 
 def _cast(source: str, target: str, *, half: bool) -> onnx.NodeProto:

@@ -257,9 +257,9 @@ class PairBatches:
         self._side = 1 if validation else 0
         self._scenes = PairScenes(recipe, load_fields(recipe), validation=validation)
         self._real: list[Pair] = []
-        for wanted in recipe.pairs.real:
+        for pairs in recipe.pairs.real:
             folder = data_folder(recipe)
-            self._real += load_real_pairs(wanted, folder, validation=validation)
+            self._real += load_real_pairs(pairs, folder, validation=validation)
         self._pool = Pool(recipe.pool, self._scenes.entry)
 
     def batch(self, step: int, draw: int = 0) -> dict[str, NDArray[np.generic]]:
@@ -312,11 +312,11 @@ class PairBatches:
         low += scale * float(rng.normal(0, _OFFSET_JITTER))
         turn = int(rng.integers(4))
         known = scene.is_defocus or not share.any()
-        told = levels if known else np.full_like(levels, np.nan)
+        levels_told = levels if known else np.full_like(levels, np.nan)
         sample: dict[str, NDArray[np.generic]] = {
             "blurred": np.rot90((blurred - low) / scale, turn)[None],
             "sharp": np.rot90((target - low) / scale, turn)[None],
-            "levels": np.rot90(_cells(told), turn),
+            "levels": np.rot90(_cells(levels_told), turn),
             "empty": np.rot90(
                 _BACKGROUND_RULE.tiles(
                     blurred, tile_px=TILE_PX, stride_px=TILE_STRIDE_PX, noise=noise

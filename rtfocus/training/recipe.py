@@ -319,8 +319,8 @@ def network_classes(network: str) -> tuple[type[RecipeBase], type[Any]]:
         msg = f"network '{network}' is unknown; choose one of {known}"
         raise ConfigError(msg)
     module = import_module(f"rtfocus.training.networks.{_MODULES[network]}")
-    found: tuple[type[RecipeBase], type[Any]] = module.NETWORKS[network]
-    return found
+    classes: tuple[type[RecipeBase], type[Any]] = module.NETWORKS[network]
+    return classes
 
 
 def load_recipe(path: Path) -> RecipeBase:

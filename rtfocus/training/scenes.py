@@ -95,11 +95,11 @@ def load_fields(recipe: RecipeBase) -> list[SharpField]:
 
 
 def _load_source(source: SourceRecipe, folder: Path) -> list[SharpField]:
-    found: list[SharpField] = []
+    fields: list[SharpField] = []
     for pattern in source.files:
         for path in _matching(folder, pattern, f"source '{source.kind}'"):
-            found += _load_file(path, source, _is_held_out(path, folder, source))
-    return found
+            fields += _load_file(path, source, _is_held_out(path, folder, source))
+    return fields
 
 
 def _matching(folder: Path, pattern: str, whose: str) -> list[Path]:
@@ -148,7 +148,7 @@ Pair = tuple[Image, Image]
 
 
 def load_real_pairs(
-    wanted: RealPairsRecipe, folder: Path, *, validation: bool
+    recipe: RealPairsRecipe, folder: Path, *, validation: bool
 ) -> list[Pair]:
     """Read the pairs of one side of the split, normalised.
 
@@ -158,10 +158,10 @@ def load_real_pairs(
         If there is no such file, or a field has no partner of the same shape.
     """
     pairs = []
-    for path in _matching(folder, wanted.sharp, "real pairs"):
-        held_out = any(fnmatch(path.name, pattern) for pattern in wanted.validation)
+    for path in _matching(folder, recipe.sharp, "real pairs"):
+        held_out = any(fnmatch(path.name, pattern) for pattern in recipe.validation)
         if held_out == validation:
-            pairs.append(_load_pair(path, folder / wanted.blurred / path.name))
+            pairs.append(_load_pair(path, folder / recipe.blurred / path.name))
     return pairs
 
 
@@ -248,11 +248,11 @@ class SceneSource:
         if rng.random() < field.source.native_share:
             zoom = 1.0
         zoom = max(zoom, _LEAST_SIDE_PX / min(field.image.shape))
-        wanted = int(self._side_px / zoom)
+        side_px = int(self._side_px / zoom)
         window = []
         for side in field.image.shape:
-            start = int(rng.integers(max(side - wanted, 0) + 1))
-            window.append(slice(start, start + wanted))
+            start = int(rng.integers(max(side - side_px, 0) + 1))
+            window.append(slice(start, start + side_px))
         image = field.image[tuple(window)]
         share = field.source.denoised_share
         if share and rng.random() < share:

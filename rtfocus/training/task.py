@@ -169,9 +169,9 @@ class Task(ABC, Generic[R]):
         Tasks with several losses, such as adversarial ones, override it, and say in
         `in_parts` that they want a batch whole.
         """
-        gradients, shown = self.gradients(tensors)
+        gradients, figures = self.gradients(tensors)
         self.descend(gradients, optimisers)
-        return shown
+        return figures
 
     def gradients(
         self, tensors: Tensors, share: float = 1.0
@@ -196,11 +196,11 @@ class Task(ABC, Generic[R]):
         # The cache of rounded weights is one for all threads, and the part that ends
         # first empties it: a weight that serves twice was then rounded once or twice.
         with mixed_precision(device, cached=False):
-            loss, shown = self.loss(tensors)
+            loss, figures = self.loss(tensors)
         learning = self.learning()
-        found = torch.autograd.grad(share * loss, learning, allow_unused=True)
-        measured = {"loss": loss, **shown}
-        return list(found), {
+        gradients = torch.autograd.grad(share * loss, learning, allow_unused=True)
+        measured = {"loss": loss, **figures}
+        return list(gradients), {
             name: share * float(value.detach()) for name, value in measured.items()
         }
 
@@ -256,8 +256,8 @@ class PairTask(Task[P]):
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make blurred and sharp patches."""
-        made = super().batch(step, draw)
-        return {"blurred": made["blurred"], "sharp": made["sharp"]}
+        batch = super().batch(step, draw)
+        return {"blurred": batch["blurred"], "sharp": batch["sharp"]}
 
 
 class RestorerTask(PairTask[P]):
@@ -397,5 +397,5 @@ def gain_db(blurred: Tensor, restored: Tensor, sharp: Tensor) -> Tensor:
 
 def make_task(recipe: RecipeBase) -> Task[Any]:
     """Make the task of a recipe, its network freshly initialised."""
-    made: Task[Any] = network_classes(recipe.network)[1](recipe)
-    return made
+    task: Task[Any] = network_classes(recipe.network)[1](recipe)
+    return task

@@ -129,16 +129,16 @@ class StepParts:
         ]
         work = map if self._threads is None else self._threads.map
         total: Gradients = []
-        shown: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for gradients, measured in work(self._of_part, jobs):
             if not total:
-                total, shown = gradients, measured
+                total, figures = gradients, measured
                 continue
             total = [
                 _sum(one, other) for one, other in zip(total, gradients, strict=True)
             ]
-            shown = {name: value + measured[name] for name, value in shown.items()}
-        return total, shown
+            figures = {name: value + measured[name] for name, value in figures.items()}
+        return total, figures
 
     def close(self) -> None:
         """End the threads; called twice does nothing."""

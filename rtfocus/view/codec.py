@@ -219,8 +219,8 @@ def _sixteen_bits(plane: PicturePlane) -> tuple[NDArray[np.generic], float, floa
     if plane.kind in MAPS.values():
         return pixels.astype("<f4", copy=False), 1.0, 0.0
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
-        kept = "|u1" if plane.kind is PlaneKind.SATURATION else "<u2"
-        return pixels.astype(kept, copy=False), 1.0, 0.0
+        dtype = "|u1" if plane.kind is PlaneKind.SATURATION else "<u2"
+        return pixels.astype(dtype, copy=False), 1.0, 0.0
     known = pixels.astype(np.float32)
     finite = known[np.isfinite(known)]
     if not finite.size:

@@ -115,9 +115,9 @@ class Scene:
 
     def show(self, place: Place, picture: Picture) -> None:
         """Make a picture the newest of its channel."""
-        shown = Packed(place, picture, pack(picture))
+        packed = Packed(place, picture, pack(picture))
         with self._lock:
-            self._newest[place[2]] = shown
+            self._newest[place[2]] = packed
             self._came_s = time.monotonic()
         self.changed()
 
@@ -129,14 +129,14 @@ class Scene:
     def newest(self, p: int | None, c: int | None, z: int | None) -> Packed | None:
         """Return the newest live picture at a place; None: there is none."""
         with self._lock:
-            found = [
-                shown
-                for shown in self._newest.values()
-                if p in (None, shown.place[1])
-                and c in (None, shown.place[2])
-                and z in (None, shown.place[3])
+            matching = [
+                packed
+                for packed in self._newest.values()
+                if p in (None, packed.place[1])
+                and c in (None, packed.place[2])
+                and z in (None, packed.place[3])
             ]
-        return max(found, key=lambda one: one.picture.sequence, default=None)
+        return max(matching, key=lambda one: one.picture.sequence, default=None)
 
     def read(self, place: Place, region: Cutout | None = None) -> Packed:
         """Read a picture from the run folder; packed once for all viewers.
@@ -156,12 +156,12 @@ class Scene:
             msg = "the run folder is not on this machine; the newest frames alone are"
             raise InputError(msg)
         picture = stored.picture(place, region)
-        shown = Packed(place, picture, pack(picture))
+        packed = Packed(place, picture, pack(picture))
         with self._lock:
-            self._cache[key] = shown
+            self._cache[key] = packed
             while sum(len(one.packed) for one in self._cache.values()) > _CACHE_BYTES:
                 self._cache.popitem(last=False)
-        return shown
+        return packed
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call `listener`, from any thread, when something changed; returns its end."""
@@ -332,11 +332,11 @@ class LiveSource(Source):
                 idle_since_s = time.monotonic()
             self._answer(viewer)
             try:
-                came = viewer.received(_LOOK_S)
+                messages = viewer.received(_LOOK_S)
             except ProtocolError:
                 scene.refused["preview"] += 1
                 continue
-            self._take(came)
+            self._take(messages)
             now_s = time.monotonic()
             stored = scene.stored
             if stored is not None and now_s > next_read_s:
@@ -348,9 +348,9 @@ class LiveSource(Source):
                     scene.state = "gone"
                 scene.changed()
 
-    def _take(self, came: list[Preview | PreviewStatus]) -> None:
+    def _take(self, messages: list[Preview | PreviewStatus]) -> None:
         newest: dict[int, Preview] = {}
-        for one in came:
+        for one in messages:
             self._last_s = time.monotonic()
             if isinstance(one, PreviewStatus):
                 self._take_status(one)
@@ -370,8 +370,8 @@ class LiveSource(Source):
                 scene.state = "waiting"
             scene.changed()
             return
-        shown = scene.series
-        if shown is None or shown.series_uid != status.series.series_uid:
+        series = scene.series
+        if series is None or series.series_uid != status.series.series_uid:
             self._begin(status)
         scene.state = "running"
         scene.numbers = {**status.metrics, "preview_dropped": status.dropped}
@@ -406,15 +406,15 @@ class LiveSource(Source):
             picture = live_picture(preview, series.started_ns)
             self.scene.show(place_of(frame.index), picture)
 
-    def _ask(self, what: Act) -> str:
+    def _ask(self, act: Act) -> str:
         """Pass a request on, from a thread of the server; wait for the answer."""
         if not self._room.acquire(blocking=False):
             return f"{_MOST_ASKED} requests of viewers wait: ask again after them"
-        question = _Question(what)
+        question = _Question(act)
         self._asked.append(question)
-        came = question.answered.wait(_ANSWER_S)
+        is_answered = question.answered.wait(_ANSWER_S)
         self._room.release()
-        if not came:
+        if not is_answered:
             # Nor does it later: somebody may have done something else by then.
             with contextlib.suppress(ValueError):
                 self._asked.remove(question)

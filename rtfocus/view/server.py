@@ -182,14 +182,12 @@ class _Guard:
         cookie: SimpleCookie = SimpleCookie()
         with contextlib.suppress(Exception):
             cookie.load(headers.get("cookie", ""))
-        kept = cookie.get(COOKIE)
-        return None if kept is not None and self._is_token(kept.value) else "token"
+        token = cookie.get(COOKIE)
+        return None if token is not None and self._is_token(token.value) else "token"
 
     def _is_token(self, token: str) -> bool:
-        wanted = self._listening.token
-        return wanted is not None and secrets.compare_digest(
-            token.encode(), wanted.encode()
-        )
+        own = self._listening.token
+        return own is not None and secrets.compare_digest(token.encode(), own.encode())
 
     @staticmethod
     def _token_in_query(scope: Scope) -> str | None:

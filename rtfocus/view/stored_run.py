@@ -80,8 +80,8 @@ class Traces:
 def note_focus_line(traces: Traces, line: dict[str, Any], started_ns: int) -> None:
     """Take a line of ``focus.ndjson`` in, where it says something to look at."""
     read = focus_line(line)
-    if read is not None and (found := _mark_of(read)) is not None:
-        kind, text, z_um = found
+    if read is not None and (mark := _mark_of(read)) is not None:
+        kind, text, z_um = mark
         traces.mark(kind, (read.time_ns - started_ns) / 1e9, text, z_um)
 
 
@@ -92,8 +92,8 @@ def _mark_of(line: FocusLine) -> tuple[str, str, float | None] | None:
         case LookLine(refusal=refusal) if refusal:
             return "refusal", f"refused: {refusal}", line.z_um
         case LookLine(decision="Move" | "Probe"):
-            what = line.decision.lower()
-            return what, f"{what} {line.way_um:+.2f} µm", line.z_um
+            decision = line.decision.lower()
+            return decision, f"{decision} {line.way_um:+.2f} µm", line.z_um
         case VerdictLine(focused=True):
             return "verdict", "focused", line.end_um
         case VerdictLine():
@@ -149,7 +149,7 @@ class _Tail:
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the whole lines that are new; a broken one is left out."""
-        found = []
+        lines = []
         try:
             with self.path.open("rb") as file:
                 file.seek(self.at)
@@ -164,8 +164,8 @@ class _Tail:
             except (msgspec.MsgspecError, ValueError, RecursionError):
                 continue
             if isinstance(line, dict):
-                found.append(line)
-        return found
+                lines.append(line)
+        return lines
 
 
 @dataclass
@@ -240,16 +240,16 @@ class StoredRun:
             why = str(line.get("place") or line.get("reason") or status)
             self.lost[why] = self.lost.get(why, 0) + 1
         elif (captured_ns := line.get("captured_ns")) is not None:
-            found = line.get("estimate") or {}
+            estimate = line.get("estimate") or {}
             point = Point(
                 sequence=int(line["sequence"]),
                 role=str(line.get("role", "record")),
                 index=index,
                 captured_ns=int(captured_ns),
                 z_um=line.get("z_um"),
-                defocus_um=found.get("defocus_um"),
-                signed=bool(found.get("signed")),
-                confidence=float(found.get("confidence") or 0.0),
+                defocus_um=estimate.get("defocus_um"),
+                signed=bool(estimate.get("signed")),
+                confidence=float(estimate.get("confidence") or 0.0),
                 refusal=None,
             )
             self.traces.add(point, started_ns)
@@ -270,10 +270,10 @@ class StoredRun:
         self, p: int | None = None, c: int | None = None, z: int | None = None
     ) -> Place | None:
         """Return the newest written frame at a position, channel, slice; None: any."""
-        wanted = ((1, p), (2, c), (3, z))
+        axes = ((1, p), (2, c), (3, z))
         with self._lock:
             for place in reversed(self._order):
-                if all(want in (None, place[axis]) for axis, want in wanted):
+                if all(want in (None, place[axis]) for axis, want in axes):
                     return place
         return None
 
@@ -288,14 +288,14 @@ class StoredRun:
         self._refuse_outside(place)
         line = self.line(place)
         height, width = self.series.shape[:2]
-        shown: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "shape": (height, width),
             "index": dict(zip("tpcz", place, strict=True)),
         }
         if line is None or line["status"] != WRITTEN:
-            return Picture(planes=(), flags=Flag.ABSENT, **shown)
+            return Picture(planes=(), flags=Flag.ABSENT, **fields)
         estimate = line.get("estimate") or {}
-        shown |= {
+        fields |= {
             "sequence": -1 if line["sequence"] is None else int(line["sequence"]),
             "z_um": line.get("z_um"),
             "captured_s": _captured_s(line, self.series.started_ns),
@@ -306,13 +306,13 @@ class StoredRun:
         }
         if region is not None:
             part = self._region(place, region)
-            return Picture(planes=part, flags=Flag.DETAIL, **shown)
+            return Picture(planes=part, flags=Flag.DETAIL, **fields)
         planes, saturated = self._whole(place)
         read = {plane.kind for plane in planes}
         kinds = dict(_IMAGES) | MAPS
         stored = [kinds[name] for name in line.get("stored") or () if name in kinds]
         flags = Flag.NOTHING if read.issuperset(stored) else Flag.UNREADABLE
-        return Picture(planes=planes, saturated=saturated, flags=flags, **shown)
+        return Picture(planes=planes, saturated=saturated, flags=flags, **fields)
 
     def plane(self, name: ImageName, place: Place) -> NDArray[np.generic]:
         """Return a stored plane, (y, x) or (y, x, 3).

@@ -186,11 +186,11 @@ class Viewer:
         self._changed.set()
         return self._malformed < MOST_MALFORMED
 
-    def _take_request(self, what: Act) -> None:
+    def _take_request(self, act: Act) -> None:
         """Begin to ask; refuse it at once while the page has asked for too much."""
         if self._asked < MOST_ASKED:
             self._asked += 1
-            task = asyncio.create_task(self._ask(what))
+            task = asyncio.create_task(self._ask(act))
             self._working.add(task)
             task.add_done_callback(self._working.discard)
             return
@@ -198,7 +198,7 @@ class Viewer:
         # A page that takes no answers is told no more of them.
         if len(self._replies) < MOST_MALFORMED:
             why = f"{MOST_ASKED} requests wait for their answers: ask again after them"
-            self._replies.append({"type": "answer", "what": what, "why": why})
+            self._replies.append({"type": "answer", "what": act, "why": why})
 
     async def _ask(self, what: Act) -> None:
         if not self._scene.may_ask:
@@ -342,9 +342,9 @@ def snapshot(
 
 
 def _newest(scene: Scene, kind: str, place: Place) -> tuple[NDArray[np.generic], int]:
-    shown = scene.newest(place[1], place[2], place[3])
-    if shown is not None and shown.place == place:
-        for plane in shown.picture.planes:
+    packed = scene.newest(place[1], place[2], place[3])
+    if packed is not None and packed.place == place:
+        for plane in packed.picture.planes:
             if plane.kind is _KINDS[kind]:
                 return plane.pixels, int(plane.step)
     msg = f"there is no {kind} plane at t, p, c, z = {place}"
@@ -363,7 +363,7 @@ def _described(
     series = scene.series
     assert series is not None
     t, p, c, z = place
-    told = {
+    facts = {
         "run": scene.folder,
         "series": series.series_uid,
         "image": kind,
@@ -371,12 +371,12 @@ def _described(
         "every pixel": str(step),
     }
     if region is not None:
-        told["region y0 x0 y1 x1"] = f"{region.y0} {region.x0} {region.y1} {region.x1}"
+        facts["region y0 x0 y1 x1"] = f"{region.y0} {region.x0} {region.y1} {region.x1}"
     line = None if scene.stored is None else scene.stored.line(place)
     if line is not None:
-        told["sequence"] = str(line["sequence"])
-        told["captured_ns"] = str(line.get("captured_ns"))
-        told["defocus_um"] = str((line.get("estimate") or {}).get("defocus_um"))
+        facts["sequence"] = str(line["sequence"])
+        facts["captured_ns"] = str(line.get("captured_ns"))
+        facts["defocus_um"] = str((line.get("estimate") or {}).get("defocus_um"))
     line = line or {}
     return OutputImage(
         like=ImageSeries(
@@ -393,6 +393,6 @@ def _described(
         ),
         dtype=pixels.dtype,
         planes=iter([np.ascontiguousarray(pixels)]),
-        made=told,
+        made=facts,
         taken=[PlaneFacts(exposure_ms=line.get("exposure_ms"), z_um=line.get("z_um"))],
     )

@@ -101,17 +101,17 @@ class KernelCache:
 
     def _read(self) -> int:
         try:
-            kept = self._path.read_bytes()
+            content = self._path.read_bytes()
         except FileNotFoundError:
             logger.warning("compiling GPU kernels, at this first start only")
             return 0
         except OSError as error:
             logger.warning("'%s' cannot be read: %s", self._path, error.strerror)
             return 0
-        if not self._cache.deserialize(kept):
+        if not self._cache.deserialize(content):
             logger.warning("'%s' is of no use: compiling GPU kernels anew", self._path)
             return 0
-        return len(kept)
+        return len(content)
 
     def save(self) -> None:
         """Write the file if kernels were added since it was read."""

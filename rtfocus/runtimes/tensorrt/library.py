@@ -98,9 +98,9 @@ def why_invalid(library: TensorRt, runtime: Any, plan: bytes) -> set[str]:
     """Return why a runtime refuses a plan, as it names its reasons; none: not told."""
     if not library.is_rtx:
         return set()
-    _, found = runtime.get_engine_validity(plan)
+    _, validity = runtime.get_engine_validity(plan)
     known = library.api.EngineInvalidityDiagnostics.__members__
-    return {name for name, flag in known.items() if int(flag) & int(found)}
+    return {name for name, flag in known.items() if int(flag) & int(validity)}
 
 
 def name_capabilities(
@@ -357,15 +357,15 @@ def parse_error(
 
 def build_error(library: TensorRt, request: GpuRequest) -> EngineError:
     """Translate the log of a build that gave no plan."""
-    said = _said(library)
+    message = _said(library)
     shapes = ", ".join(
         f"{name} {shape.smallest} to {shape.largest}"
         for name, shape in request.inputs.items()
     )
-    remedy = _remedy(said) or f"see the log with --verbose, {_ELSEWHERE}"
+    remedy = _remedy(message) or f"see the log with --verbose, {_ELSEWHERE}"
     return EngineError(
         f"engine '{request.name}': {library.name} {library.release} cannot build "
-        f"'{request.model}' for {shapes}: {_short(said)}; {remedy}"
+        f"'{request.model}' for {shapes}: {_short(message)}; {remedy}"
     )
 
 
@@ -373,18 +373,18 @@ def load_error(
     library: TensorRt, engine: str, runtime: Any, plan: bytes
 ) -> EngineError:
     """Explain why a plan was not loaded; TensorRT for RTX names the reasons itself."""
-    said = _said(library)
+    message = _said(library)
     reasons = why_invalid(library, runtime, plan)
     explained = [words for name, words in _INVALID.items() if name in reasons]
     where = f"engine '{engine}': {library.name} {library.release} cannot load its plan"
-    what = f"{', '.join(explained) or _short(said)}"
+    cause = f"{', '.join(explained) or _short(message)}"
     # Otherwise it is the driver or the memory, and a new plan would fail likewise.
-    if reasons & _PLANS_FAULT or "Serialization" in said:
+    if reasons & _PLANS_FAULT or "Serialization" in message:
         return UnusablePlanError(
-            f"{where}: {what}; build it again: rtfocus engines build {engine}"
+            f"{where}: {cause}; build it again: rtfocus engines build {engine}"
         )
-    remedy = _remedy(" ".join((said, *reasons))) or "see the log with --verbose"
-    return EngineError(f"{where}: {what}; {remedy}")
+    remedy = _remedy(" ".join((message, *reasons))) or "see the log with --verbose"
+    return EngineError(f"{where}: {cause}; {remedy}")
 
 
 def _said(library: TensorRt) -> str:
@@ -393,13 +393,13 @@ def _said(library: TensorRt) -> str:
     return str(errors[0]) if errors else "it gives no reason"
 
 
-def _remedy(said: str) -> str | None:
-    return next((remedy for words, remedy in _REMEDIES if words in said), None)
+def _remedy(message: str) -> str | None:
+    return next((remedy for words, remedy in _REMEDIES if words in message), None)
 
 
-def _short(said: str) -> str:
+def _short(message: str) -> str:
     """Cut TensorRT's own source places and everything after the first sentence."""
-    first = said.split("\n")
+    first = message.split("\n")
     # The parser repeats the node's name in a line of its own before the reason.
     line = first[1] if first[0].startswith("Invalid Node") and first[1:] else first[0]
     line = re.sub(r"^\S+::\S+: Error Code \d+: ", "", line)

@@ -140,12 +140,12 @@ class PlanCache:
 
     def why_absent(self, key: PlanKey) -> str:
         """Return what the nearest plan of the same engine was built for instead."""
-        wanted = _plain(asdict(key))
+        expected = _plain(asdict(key))
         differences = [
             [
                 words.format_map(stored)
                 for field, words in _WORDS.items()
-                if stored[field] != wanted[field]
+                if stored[field] != expected[field]
             ]
             for stored in self._stored(key)
         ]
@@ -244,8 +244,8 @@ def built_ahead(
         return None
     target = PlanTarget.named(device.compute_capability)
     key = PlanKey.of(library, request, target.gpu)
-    found = cache.find(key)
-    return None if found is None else ReadyPlan(found, key, None)
+    plan = cache.find(key)
+    return None if plan is None else ReadyPlan(plan, key, None)
 
 
 def rtx_target(library: TensorRt, capability: Capability) -> PlanTarget:

@@ -301,12 +301,12 @@ class ScaleNetwork(nn.Module):
         carried
             Correction of the scale below, enlarged to the same shape.
         """
-        seen = torch.cat([blurred, carried], dim=1)
-        fine = self.encoder(self.stem(functional.pixel_unshuffle(seen, 2)))
+        stacked = torch.cat([blurred, carried], dim=1)
+        fine = self.encoder(self.stem(functional.pixel_unshuffle(stacked, 2)))
         coarse = self.middle(self.down(fine))
         fine = self.decoder(fine + double(self.up(coarse)))
         detail = functional.leaky_relu(self.head(double(fine)), _SLOPE)
-        result: Tensor = carried + self.correction(torch.cat([detail, seen], dim=1))
+        result: Tensor = carried + self.correction(torch.cat([detail, stacked], dim=1))
         return result
 
 
@@ -416,11 +416,11 @@ def scales_loss(restored: Sequence[Tensor], sharp: Tensor, bend: float) -> Tenso
     bend
         See `charbonnier`.
     """
-    wanted = sharp
-    total = charbonnier(restored[-1].float() - wanted, bend)
-    for found in restored[-2::-1]:
-        wanted = functional.avg_pool2d(wanted, 2)
-        total = total + charbonnier(found.float() - wanted, bend)
+    target = sharp
+    total = charbonnier(restored[-1].float() - target, bend)
+    for output in restored[-2::-1]:
+        target = functional.avg_pool2d(target, 2)
+        total = total + charbonnier(output.float() - target, bend)
     return total / len(restored)
 
 

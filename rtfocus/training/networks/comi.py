@@ -74,7 +74,7 @@ def adversarial_loss(generated: Tensor) -> Tensor:
     return -log_probability(generated, real=True).mean()
 
 
-def content_loss(features: nn.Module, wanted: Tensor, generated: Tensor) -> Tensor:
+def content_loss(features: nn.Module, target: Tensor, generated: Tensor) -> Tensor:
     """Return the mean squared distance of the features of two images (eq. 6, 7).
 
     Both are standardised by the contrast of the wanted one, as the classifier whose
@@ -88,11 +88,11 @@ def content_loss(features: nn.Module, wanted: Tensor, generated: Tensor) -> Tens
         Images (N, 1, H, W).
     """
     with torch.no_grad():
-        centre = wanted.mean(dim=(1, 2, 3), keepdim=True)
-        spread = wanted.std(dim=(1, 2, 3), keepdim=True).clamp_min(_LEAST_DEVIATION)
-        aim = features((wanted - centre) / spread)
-    made = features((generated - centre) / spread)
-    return functional.mse_loss(made.float(), aim.float())
+        centre = target.mean(dim=(1, 2, 3), keepdim=True)
+        spread = target.std(dim=(1, 2, 3), keepdim=True).clamp_min(_LEAST_DEVIATION)
+        aim = features((target - centre) / spread)
+    generated_features = features((generated - centre) / spread)
+    return functional.mse_loss(generated_features.float(), aim.float())
 
 
 def cycle_loss(
@@ -289,18 +289,18 @@ class ComiLosses:
         parts = [getattr(weights, name) * term for name, term in terms.items()]
         return torch.stack(parts).sum()
 
-    def _content(self, wanted: Tensor, generated: Tensor) -> Tensor:
+    def _content(self, target: Tensor, generated: Tensor) -> Tensor:
         if self._features is None:
             self._features = _load_features(self._settings.features)
-            self._features.to(wanted.device)
-        return content_loss(self._features, wanted, generated)
+            self._features.to(target.device)
+        return content_loss(self._features, target, generated)
 
 
-def _load_features(wanted: FeaturesSection) -> nn.Module:
-    if wanted.network == "vgg19" and wanted.weights is not None:
-        return vgg19_features(wanted.weights, wanted.layers)
+def _load_features(section: FeaturesSection) -> nn.Module:
+    if section.network == "vgg19" and section.weights is not None:
+        return vgg19_features(section.weights, section.layers)
     shipped = resource_folder("engines") / "delpnet" / "model.fp32.onnx"
-    return classifier_features(wanted.weights or shipped, wanted.layers)
+    return classifier_features(section.weights or shipped, section.layers)
 
 
 _COLUMNS = (
@@ -337,11 +337,11 @@ class ComiTask(RestorerTask[ComiRecipe]):
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make defocused and sharp patches, and tell the step they are for."""
-        made = {**super().batch(step, draw), "step": np.array(step)}
+        batch = {**super().batch(step, draw), "step": np.array(step)}
         if not self.recipe.comi.paired:
             # Each defocused patch meets the sharp one of its neighbour.
-            made["sharp"] = np.roll(made["sharp"], 1, axis=0)
-        return made
+            batch["sharp"] = np.roll(batch["sharp"], 1, axis=0)
+        return batch
 
     def modules(self) -> dict[str, nn.Module]:
         """Return both generators and both discriminators."""
@@ -375,18 +375,18 @@ class ComiTask(RestorerTask[ComiRecipe]):
         with mixed_precision(device):
             judged = self._losses.of_judges(*images)
         descend(judged, [optimisers["judges"]])
-        shown = {
+        figures = {
             **terms,
             "loss": loss,
             "judges": judged,
             "gain_db": gain_db(blurred, made_sharp, sharp),
         }
-        return _columns({name: float(v.detach()) for name, v in shown.items()})
+        return _columns({name: float(v.detach()) for name, v in figures.items()})
 
 
-def _columns(shown: Mapping[str, float]) -> dict[str, float]:
+def _columns(figures: Mapping[str, float]) -> dict[str, float]:
     """Return what a curve shows in one order, whichever terms the step had."""
-    return {name: shown.get(name, 0.0) for name in _COLUMNS}
+    return {name: figures.get(name, 0.0) for name in _COLUMNS}
 
 
 NETWORKS = {"comi": (ComiRecipe, ComiTask)}

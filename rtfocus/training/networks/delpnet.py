@@ -285,8 +285,8 @@ class LevelTask(Task[L]):
 
     def logits(self, crops: Tensor) -> Tensor:
         """Return logits (N, label, row, column) of every tile that has a label."""
-        found: Tensor = self.network(crops)[:, :, None, None]
-        return found
+        logits: Tensor = self.network(crops)[:, :, None, None]
+        return logits
 
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """Return `loss_of` over the tiles."""
@@ -350,8 +350,8 @@ class DelpNetTask(LevelTask[DelpNetRecipe]):
 
     def logits(self, crops: Tensor) -> Tensor:
         """Return logits (N, label, row, column), one tile at every cell."""
-        found: Tensor = self.network(crops, stride_cells=1)
-        return found
+        logits: Tensor = self.network(crops, stride_cells=1)
+        return logits
 
     def take_exported(self, weights: Mapping[str, Tensor]) -> None:
         """Load the weights of an engine, whose convolutions hold their BatchNorm.

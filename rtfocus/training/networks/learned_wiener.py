@@ -95,10 +95,10 @@ class LearnedWiener(nn.Module):
         for place, convolution in enumerate(self.filters):
             if place:
                 tiles = functional.avg_pool2d(tiles, 2)
-            found = convolution(tiles)
-            powers.append((found.square().mean(dim=(2, 3)) + _FAINTEST).log())
-        seen = torch.cat([*powers, condition], dim=1)
-        ratio: Tensor = self.ratio(self.mix(seen))
+            features = convolution(tiles)
+            powers.append((features.square().mean(dim=(2, 3)) + _FAINTEST).log())
+        stacked = torch.cat([*powers, condition], dim=1)
+        ratio: Tensor = self.ratio(self.mix(stacked))
         return ratio.clamp(-_LARGEST, _LARGEST)
 
 
@@ -192,10 +192,10 @@ class LearnedWienerTask(RestorerTask[LearnedWienerRecipe]):
         with torch.autocast(blurred.device.type, enabled=False):
             log_snr = self.network(blurred, tensors["condition"])
             restored = wiener_filter(blurred, tensors["psf"], log_snr)
-        inner, wanted, seen = (own_part(part) for part in (restored, sharp, blurred))
-        error = (inner - wanted).square().mean(dim=(1, 2, 3))
-        shown = {"gain_db": gain_db(seen, inner, wanted)}
-        return torch.log10(error + _NO_ERROR).mean(), shown
+        inner, target, before = (own_part(part) for part in (restored, sharp, blurred))
+        error = (inner - target).square().mean(dim=(1, 2, 3))
+        figures = {"gain_db": gain_db(before, inner, target)}
+        return torch.log10(error + _NO_ERROR).mean(), figures
 
     def graph(self, network: nn.Module) -> Graph:
         """Return the predictor; the filter runs outside."""
@@ -220,13 +220,13 @@ class LearnedWienerTask(RestorerTask[LearnedWienerRecipe]):
 
 
 def with_psf(
-    made: Arrays, recipe: LearnedWienerRecipe, rng: np.random.Generator
+    arrays: Arrays, recipe: LearnedWienerRecipe, rng: np.random.Generator
 ) -> Arrays:
     """Give every patch of a batch the PSF and the condition it is filtered with.
 
     Parameters
     ----------
-    made
+    arrays
         A batch of `PairBatches`.
     recipe
         How far the level may be off.
@@ -240,19 +240,19 @@ def with_psf(
         (N, entry).
     """
     settings, pairs = recipe.learned_wiener, recipe.pairs
-    levels = np.asarray(made["levels"], np.float64).mean(axis=(1, 2))
+    levels = np.asarray(arrays["levels"], np.float64).mean(axis=(1, 2))
     levels = np.where(np.isnan(levels), settings.real_level, levels)
-    told = told_levels(levels, settings.level_error, rng)
-    optics = np.asarray(made["optics"], np.float32)
+    levels_told = told_levels(levels, settings.level_error, rng)
+    optics = np.asarray(arrays["optics"], np.float32)
     psfs = [
         level_psf(pairs, float(sampling), float(spherical), float(level))
-        for (sampling, spherical), level in zip(optics, told, strict=True)
+        for (sampling, spherical), level in zip(optics, levels_told, strict=True)
     ]
     return {
-        "blurred": made["blurred"],
-        "sharp": made["sharp"],
+        "blurred": arrays["blurred"],
+        "sharp": arrays["sharp"],
         "psf": np.stack(psfs),
-        "condition": np.column_stack([optics, told]).astype(np.float32),
+        "condition": np.column_stack([optics, levels_told]).astype(np.float32),
     }
 
 

@@ -138,8 +138,8 @@ class Rtfocus1(nn.Module):
             restored tiles, shape of `tiles`.
         """
         hidden = self.embedding(condition)
-        seen = torch.cat([tiles, local_contrast(tiles, CELL_PX)], dim=1)
-        features = functional.relu(self.stem(functional.pixel_unshuffle(seen, 2)))
+        stacked = torch.cat([tiles, local_contrast(tiles, CELL_PX)], dim=1)
+        features = functional.relu(self.stem(functional.pixel_unshuffle(stacked, 2)))
         skips: list[Tensor] = []
         for place, blocks in enumerate(self.encoder):
             if place:
@@ -222,11 +222,11 @@ class Rtfocus1Task(PairTask[PairRecipe]):
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make pairs, with labels per tile and a condition that hides at random."""
-        made = self.source.batch(step, draw)
+        data = self.source.batch(step, draw)
         rng = np.random.default_rng([self.recipe.seed, 7, step, draw])
-        condition, levels = self.told(made["optics"], tile_levels(made["levels"]), rng)
-        kept = {name: made[name] for name in ("blurred", "sharp", "empty")}
-        return {**kept, "levels": levels, "condition": condition}
+        condition, levels = self.told(data["optics"], tile_levels(data["levels"]), rng)
+        batch = {name: data[name] for name in ("blurred", "sharp", "empty")}
+        return {**batch, "levels": levels, "condition": condition}
 
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """Return Charbonnier of the image plus weighted soft cross-entropy."""
@@ -285,14 +285,14 @@ class Rtfocus1Task(PairTask[PairRecipe]):
         is hidden; the sampling never is. Returns the condition, (N, entry), and levels.
         """
         number = len(optics)
-        told = rng.random(number) >= self.settings.blind_share
+        is_told = rng.random(number) >= self.settings.blind_share
         middle = levels.mean(axis=(1, 2))
         # One defocus for a whole patch is only true where the patch is flat.
         flat = np.ptp(levels, axis=(1, 2)) < 0.5
         given = (rng.random(number) < self.settings.defocus_share) & flat
         # Callers know it from a classifier or a calibration, never exactly.
         middle = np.where(given, middle + rng.normal(0, 0.15, number), 0)
-        columns = (optics[:, 0], optics[:, 1] * told, told, middle, given)
+        columns = (optics[:, 0], optics[:, 1] * is_told, is_told, middle, given)
         return np.stack(columns, axis=1).astype(np.float32), levels
 
 
@@ -376,11 +376,11 @@ class Rtfocus2Task(Rtfocus1Task):
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make pairs, and say which are looked at twice."""
-        made = dict(super().batch(step, draw))
+        batch = dict(super().batch(step, draw))
         if share := self.settings.second_look_share:
             rng = np.random.default_rng([self.recipe.seed, 8, step, draw])
-            made["twice"] = rng.random(len(made["condition"])) < share
-        return made
+            batch["twice"] = rng.random(len(batch["condition"])) < share
+        return batch
 
     def loss(self, tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, of the second look where there is one."""

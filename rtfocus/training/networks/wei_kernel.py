@@ -240,17 +240,17 @@ class WeiKernelNet(nn.Module):
             Shape (N, size_px, size_px), non-negative, sum 1 (eq. 2).
         """
         features = functional.pixel_unshuffle(tiles, self.phases)
-        found = []
+        kernels = []
         for scale, correlation in zip(self.features, self.correlations, strict=True):
             features, reduced = scale(features)
-            found.append(correlation(reduced))
+            kernels.append(correlation(reduced))
         if self.embedding is not None:
             known = self.embedding(classes)[:, :, None, None].chunk(SCALES, dim=1)
-            found = [f + k.to(f.dtype) for f, k in zip(found, known, strict=True)]
-        inner = functional.relu(found[-1])
+            kernels = [f + k.to(f.dtype) for f, k in zip(kernels, known, strict=True)]
+        inner = functional.relu(kernels[-1])
         for place in reversed(range(SCALES - 1)):
             inner = functional.relu(self.enlarge[place + 1](_double(inner)))
-            both = torch.cat([inner, functional.relu(found[place])], dim=1)
+            both = torch.cat([inner, functional.relu(kernels[place])], dim=1)
             inner = functional.relu(self.merge[place](both))
         inner = functional.relu(self.enlarge[0](_double(inner)))
         for convolution in self.rebuild:
@@ -312,16 +312,16 @@ def inner_part(image: Tensor, side: int) -> Tensor:
     return image[..., half:-half, half:-half] if half else image
 
 
-def match_intensity(image: Tensor, wanted: Tensor) -> Tensor:
-    """Return `image` with the gain and offset per sample that come nearest `wanted`.
+def match_intensity(image: Tensor, target: Tensor) -> Tensor:
+    """Return `image` with the gain and offset per sample that come nearest `target`.
 
     For real pairs: lamp and camera differ between the two exposures, and light from
     beyond the patch adds up. Flat images keep their gain.
     """
-    mean, goal = (x.mean(dim=(2, 3), keepdim=True) for x in (image, wanted))
+    mean, goal = (x.mean(dim=(2, 3), keepdim=True) for x in (image, target))
     contrast = image - mean
     variance = contrast.square().mean(dim=(2, 3), keepdim=True)
-    shared = (contrast * (wanted - goal)).mean(dim=(2, 3), keepdim=True)
+    shared = (contrast * (target - goal)).mean(dim=(2, 3), keepdim=True)
     gain = (shared + _LEAST_FIT_VARIANCE) / (variance + _LEAST_FIT_VARIANCE)
     return gain.detach() * contrast + goal
 
@@ -340,9 +340,9 @@ def reblur_error(
     matched
         Shape (N,): samples whose intensity is matched before the difference.
     """
-    wanted = inner_part(blurred.float(), kernel.shape[-1])
-    found = reblur(sharp, kernel)
-    found = torch.where(
-        matched[:, None, None, None], match_intensity(found, wanted), found
+    target = inner_part(blurred.float(), kernel.shape[-1])
+    reblurred = reblur(sharp, kernel)
+    reblurred = torch.where(
+        matched[:, None, None, None], match_intensity(reblurred, target), reblurred
     )
-    return (found - wanted).abs().mean(dim=(1, 2, 3))
+    return (reblurred - target).abs().mean(dim=(1, 2, 3))

@@ -333,18 +333,18 @@ class WeiUNetTask(RestorerTask[WeiUNetRecipe]):
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
         """Make pairs, what is told of their class, and whose true PSF is shown."""
-        made = self.source.batch(step, draw)
+        batch = self.source.batch(step, draw)
         rng = np.random.default_rng([self.recipe.seed, 8, step, draw])
-        middle, flat = _defocus(made["levels"])
+        middle, flat = _defocus(batch["levels"])
         stage = self.recipe.stage
         told = flat & (rng.random(len(middle)) < stage.known_class_share)
         shown = flat & (np.abs(middle) > _BLURRED_LEVELS)
         shown &= rng.random(len(middle)) < stage.true_kernel_share
         return {
-            "blurred": made["blurred"],
-            "sharp": made["sharp"],
-            "psf": made["psf"],
-            "real": made["real"],
+            "blurred": batch["blurred"],
+            "sharp": batch["sharp"],
+            "psf": batch["psf"],
+            "real": batch["real"],
             "condition": np.stack([middle * told, told], axis=1).astype(np.float32),
             "shown": shown,
         }
