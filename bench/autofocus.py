@@ -33,8 +33,8 @@ from bench.autofocus_scenes import (
 from rtfocus.autofocus.estimator import EstimatorSettings, read_focus
 from rtfocus.autofocus.execution import Verdict, run_search
 from rtfocus.autofocus.planes import PlaneComparison
-from rtfocus.autofocus.policy import Limits, MoveRule
-from rtfocus.autofocus.search import FocusSearch, SearchRule
+from rtfocus.autofocus.policy import Limits, MoveRule, SearchRule
+from rtfocus.autofocus.search import FocusSearch
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.engines.registry import find_engine, parts, step_um
@@ -123,7 +123,7 @@ def ours(
 ) -> Verdict:
     """Run our search; not `approach`: the user says that there is no backlash."""
     unit = reader.comparison.unit_um
-    # As `rtfocus.autofocus.plans.move_rule` and `rtfocus.autofocus.focuser.Focuser`.
+    # As `rtfocus.autofocus.policy.move_rule` and `rtfocus.autofocus.focuser.Focuser`.
     side, overshoot_um = (1, unit) if approach else (0, 0.0)
     search = FocusSearch(
         reader.comparison,

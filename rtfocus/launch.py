@@ -306,7 +306,7 @@ def _search(name: str) -> str:
 
 
 def _calibration(path: Path) -> str:
-    from rtfocus.autofocus.plans import load_calibration
+    from rtfocus.autofocus.policy import load_calibration
 
     calibration = load_calibration(path)
     if calibration.trusted:

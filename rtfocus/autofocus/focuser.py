@@ -39,15 +39,17 @@ from rtfocus.autofocus.execution import (
 )
 from rtfocus.autofocus.hold import Key
 from rtfocus.autofocus.planes import PlaneComparison, ZPlane
-from rtfocus.autofocus.plans import (
+from rtfocus.autofocus.policy import (
+    Limits,
+    MoveRule,
     direction_of,
     is_calibrated,
     limits_at,
     move_rule,
     search_rule,
+    way_um,
     with_measured_backlash,
 )
-from rtfocus.autofocus.policy import Limits, MoveRule, way_um
 from rtfocus.autofocus.search import FocusSearch
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.model import AutofocusConfig

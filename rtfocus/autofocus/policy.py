@@ -1,13 +1,32 @@
 """Policy: what a search may decide, and where the stage may be sent.
 
-Pure. Whatever the images seem to say, a z for the stage comes only from here. Every
-target is an absolute position inside the limits, and so is every stop on the way there:
-between two positions inside an interval a stage passes only positions inside it.
+Whatever the images seem to say, a z for the stage comes only from here. Every target is
+an absolute position inside the limits, and so is every stop on the way there: between
+two positions inside an interval a stage passes only positions inside it.
+
+The functions below the rules make them from a config and its calibration. All of this
+is pure, except that calibrations are files.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import asdict, dataclass
+from math import inf, isfinite
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from rtfocus.autofocus.planes import FocusCalibration
+from rtfocus.config.loading import read_yaml
+from rtfocus.config.model import AutofocusConfig
+from rtfocus.errors import ConfigError
+from rtfocus.images.metadata import TEXT_MARK
+
+_SIDES = {"down": -1, "up": 1}
+# Of a measured backlash, to be past it for certain; and the least that is believed, in
+# depths of field.
+_PAST_BACKLASH, _LEAST_BACKLASH = 1.5, 0.2
+_DIRECTIONS = {"toward": 1, "away": -1, "unknown": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +152,23 @@ class MoveRule:
         return (target,) if beyond == target else (beyond, target)
 
 
+@dataclass(frozen=True, slots=True)
+class SearchRule:
+    """What a search may do beside moving."""
+
+    most_images: int = 12
+    """Images in all, however well it goes."""
+    patience: int = 4
+    """Images without progress before it gives up."""
+    safe_side: int = -1
+    """Side on which the objective cannot touch the specimen: sign of the z."""
+    trust_sign: bool = False
+    """The optics are calibrated: signed estimates are believed."""
+    verify: bool = True
+    """End only with a blurrier image on both sides: for optics that are not
+    calibrated; costs images."""
+
+
 def way_um(decision: Decision) -> float:
     """Return how far a decision moves the stage, positive = larger z."""
     if isinstance(decision, Move | Probe):
@@ -146,3 +182,156 @@ def path_of(decision: Decision, z_um: float, moves: MoveRule) -> Sequence[float]
     if way == 0.0 or not moves.limits.holds(z_um):
         return ()
     return moves.path(z_um, z_um + way)
+
+
+def limits_at(config: AutofocusConfig, start_um: float) -> Limits:
+    """Return the limits of a run that begins at a stage z.
+
+    Raises
+    ------
+    ConfigError
+        If the stage stands outside of the configured limits.
+    """
+    low = start_um - config.reach_um if config.low_um is None else config.low_um
+    high = start_um + config.reach_um if config.high_um is None else config.high_um
+    if not low <= start_um <= high:
+        msg = (
+            f"the stage stands at {start_um:g} um, outside of autofocus.low_um "
+            f"{low:g} to high_um {high:g}; move it or correct the limits"
+        )
+        raise ConfigError(msg)
+    return Limits(low, high).within(start_um, config.reach_um)
+
+
+def save_calibration(path: Path, calibration: FocusCalibration) -> None:
+    """Write a calibration as YAML."""
+    values = {
+        key: round(value, 5) if isinstance(value, float) else value
+        for key, value in asdict(calibration).items()
+    }
+    text = yaml.safe_dump(values, sort_keys=False)
+    path.write_text(f"{TEXT_MARK}\n{text}", encoding="utf-8")
+
+
+def load_calibration(path: Path) -> FocusCalibration:
+    """Read a calibration.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or is none.
+    """
+    remedy = "make it with: rtfocus calibrate CONFIG"
+    values = read_yaml(path, "autofocus.calibration", remedy)
+    try:
+        loaded = msgspec.convert(asdict(FocusCalibration(**values)), FocusCalibration)
+        if not (0 < loaded.unit_um < inf and isfinite(loaded.backlash_um)):
+            msg = "unit_um must be a number above 0, backlash_um a number"
+            raise ValueError(msg)
+    except (TypeError, ValueError) as error:
+        msg = f"autofocus.calibration '{path}' cannot be used: {error}; {remedy}"
+        raise ConfigError(msg) from error
+    return loaded
+
+
+def with_measured_backlash(config: AutofocusConfig) -> AutofocusConfig:
+    """Return the config with the backlash that its calibration measured.
+
+    What the user says of `backlash_um` stands, and a calibration that cannot be trusted
+    says nothing. Without an `approach` the stage then always arrives upwards, as on the
+    calibration's first way.
+
+    Raises
+    ------
+    ConfigError
+        If the calibration cannot be read.
+    """
+    if config.calibration is None or config.backlash_um > 0:
+        return config
+    found = load_calibration(config.calibration)
+    backlash_um = abs(found.backlash_um)
+    if not found.trusted or backlash_um < _LEAST_BACKLASH * found.unit_um:
+        return config
+    approach = "up" if config.approach == "either" else config.approach
+    overshoot_um = _PAST_BACKLASH * backlash_um
+    return config.model_copy(update={"approach": approach, "backlash_um": overshoot_um})
+
+
+def is_calibrated(config: AutofocusConfig) -> bool:
+    """Tell whether a calibration says that the optics can be relied on.
+
+    Raises
+    ------
+    ConfigError
+        If the calibration cannot be read.
+    """
+    if config.calibration is None:
+        return False
+    return load_calibration(config.calibration).trusted
+
+
+def against_unknown_backlash(
+    config: AutofocusConfig, unit_um: float
+) -> AutofocusConfig:
+    """Return the config with places reached upwards, past a depth of field of play.
+
+    What the user says of `approach` and `backlash_um` stands.
+    """
+    given = {
+        "approach": "up" if config.approach == "either" else config.approach,
+        "backlash_um": config.backlash_um or unit_um,
+    }
+    return config.model_copy(update=given)
+
+
+def move_rule(config: AutofocusConfig, limits: Limits, unit_um: float) -> MoveRule:
+    """Return how the stage may be moved; `unit_um` is the depth of field.
+
+    Unless the user, or a calibration that measured some, tells of backlash there may
+    be: screws wear, and images do not tell it from other optics where it is small.
+    """
+    if "backlash_um" not in config.model_fields_set:
+        config = against_unknown_backlash(config, unit_um)
+    return MoveRule(
+        limits=limits,
+        deadband_um=config.deadband * unit_um,
+        most_um=config.most_um,
+        approach=_SIDES.get(config.approach, 0),
+        overshoot_um=config.backlash_um,
+    )
+
+
+def search_rule(
+    config: AutofocusConfig, direction: int, *, trusted: bool
+) -> SearchRule:
+    """Return what a search may do.
+
+    Parameters
+    ----------
+    config
+        Of autofocus.
+    direction
+        As `direction_of` gives.
+    trusted
+        A calibration says that the optics hold.
+    """
+    away = -direction if direction else -1
+    return SearchRule(
+        most_images=config.most_images,
+        safe_side=_SIDES.get(config.safe_side, away),
+        trust_sign=trusted,
+        verify=not trusted,
+    )
+
+
+def direction_of(config: AutofocusConfig, of_core: int) -> int:
+    """Return +1 where larger z brings the plane of focus to the specimen, -1 or 0.
+
+    Parameters
+    ----------
+    config
+        Its `direction` wins over the core's.
+    of_core
+        `core.getFocusDirection`: 0 where nobody has said.
+    """
+    return _DIRECTIONS.get(config.direction, of_core)

@@ -13,7 +13,15 @@ from math import isfinite
 from rtfocus.autofocus.belief import Belief
 from rtfocus.autofocus.looks import TOO_LATE, Headway, Look, early_um, stuck_um
 from rtfocus.autofocus.planes import PlaneComparison
-from rtfocus.autofocus.policy import Decision, GiveUp, Move, MoveRule, Probe, Stay
+from rtfocus.autofocus.policy import (
+    Decision,
+    GiveUp,
+    Move,
+    MoveRule,
+    Probe,
+    SearchRule,
+    Stay,
+)
 from rtfocus.autofocus.survey import SHARPER, Survey
 from rtfocus.frame import FocusReading
 
@@ -39,23 +47,6 @@ _IN_NOISE = (
 _SATURATED = 1e-3
 
 
-@dataclass(frozen=True, slots=True)
-class SearchRule:
-    """What a search may do beside moving."""
-
-    most_images: int = 12
-    """Images in all, however well it goes."""
-    patience: int = 4
-    """Images without progress before it gives up."""
-    safe_side: int = -1
-    """Side on which the objective cannot touch the specimen: sign of the z."""
-    trust_sign: bool = False
-    """The optics are calibrated: signed estimates are believed."""
-    verify: bool = True
-    """End only with a blurrier image on both sides: for optics that are not
-    calibrated; costs images."""
-
-
 @dataclass
 class FocusSearch:
     """One search for focus; `observe` every image, then ask `decide`.
@@ -76,7 +67,7 @@ class FocusSearch:
 
     comparison: PlaneComparison
     moves: MoveRule
-    rule: SearchRule = SearchRule()
+    rule: SearchRule = field(default_factory=SearchRule)
     direction: int = 1
     prior: Belief = field(default_factory=lambda: Belief(()))
     _sides: tuple[int, int] = field(init=False)

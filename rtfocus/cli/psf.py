@@ -23,7 +23,7 @@ from rtfocus.autofocus.planes import (
     ZPlane,
     calibrate_focus,
 )
-from rtfocus.autofocus.plans import load_calibration, save_calibration
+from rtfocus.autofocus.policy import load_calibration, save_calibration
 from rtfocus.calibration.bead_fit import calibrate_from_beads
 from rtfocus.calibration.pair_fit import calibrate_from_pairs
 from rtfocus.calibration.pairs import read_pairs
@@ -385,7 +385,7 @@ def _through_focus(
     """Take planes at depths of field about focus; return what they say and those up."""
     # The microscope is loaded for this command alone.
     from rtfocus.autofocus.devices import CoreStage
-    from rtfocus.autofocus.plans import against_unknown_backlash
+    from rtfocus.autofocus.policy import against_unknown_backlash
     from rtfocus.focusing import open_focuser
     from rtfocus.microscope.core import open_core
 

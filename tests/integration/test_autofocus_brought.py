@@ -13,8 +13,13 @@ from rtfocus.autofocus.appearance import amplitude_spectrum
 from rtfocus.autofocus.execution import BroughtSearch
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.planes import FocusCalibration
-from rtfocus.autofocus.plans import save_calibration
-from rtfocus.autofocus.policy import Decision, GiveUp, Limits, MoveRule
+from rtfocus.autofocus.policy import (
+    Decision,
+    GiveUp,
+    Limits,
+    MoveRule,
+    save_calibration,
+)
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config import parse_config
 from rtfocus.config.model import AutofocusConfig

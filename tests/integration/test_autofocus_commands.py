@@ -11,7 +11,7 @@ from loop_kit import OPTICS, command, failed, succeeded
 from microscope_kit import clock_of_images
 
 from rtfocus.autofocus.devices import CoreStage
-from rtfocus.autofocus.plans import load_calibration, with_measured_backlash
+from rtfocus.autofocus.policy import load_calibration, with_measured_backlash
 from rtfocus.cli.commands import read_config
 from rtfocus.errors import ExitCode
 from rtfocus.holding import HeldPlace

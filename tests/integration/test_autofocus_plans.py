@@ -12,7 +12,7 @@ from loop_kit import OPTICS
 from pymmcore_plus.mda import MDAEngine
 
 from rtfocus.autofocus.planes import FocusCalibration
-from rtfocus.autofocus.plans import save_calibration
+from rtfocus.autofocus.policy import save_calibration
 from rtfocus.config import parse_config
 from rtfocus.errors import MicroscopeError, TransportError
 from rtfocus.focusing import FocusEngine, focus

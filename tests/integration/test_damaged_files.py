@@ -13,7 +13,7 @@ from loop_kit import command, failed, succeeded
 from writer_kit import make_series, recording
 
 from rtfocus.autofocus.planes import FocusCalibration
-from rtfocus.autofocus.plans import load_calibration
+from rtfocus.autofocus.policy import load_calibration
 from rtfocus.batch.plan import Ledger
 from rtfocus.config import load_config
 from rtfocus.errors import ConfigError, ExitCode, InputError, OutputError, WriterError

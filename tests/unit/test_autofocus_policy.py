@@ -13,25 +13,24 @@ from pymmcore_plus import CMMCorePlus
 from rtfocus.autofocus.execution import run_search
 from rtfocus.autofocus.focuser import Focuser
 from rtfocus.autofocus.planes import FocusCalibration, PlaneComparison
-from rtfocus.autofocus.plans import (
-    direction_of,
-    is_calibrated,
-    limits_at,
-    move_rule,
-    save_calibration,
-    search_rule,
-    with_measured_backlash,
-)
 from rtfocus.autofocus.policy import (
     GiveUp,
     Limits,
     Move,
     MoveRule,
     Probe,
+    SearchRule,
     Stay,
+    direction_of,
+    is_calibrated,
+    limits_at,
+    move_rule,
     path_of,
+    save_calibration,
+    search_rule,
+    with_measured_backlash,
 )
-from rtfocus.autofocus.search import FocusSearch, SearchRule
+from rtfocus.autofocus.search import FocusSearch
 from rtfocus.channel import OpticalSystem
 from rtfocus.config.model import AutofocusConfig
 from rtfocus.errors import ConfigError

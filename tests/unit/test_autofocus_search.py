@@ -21,9 +21,16 @@ from rtfocus.autofocus.belief import Belief, Mode
 from rtfocus.autofocus.execution import BroughtSearch, Verdict, run_search
 from rtfocus.autofocus.looks import Look
 from rtfocus.autofocus.planes import FocusCalibration, PlaneComparison
-from rtfocus.autofocus.plans import move_rule, save_calibration
-from rtfocus.autofocus.policy import Limits, MoveRule, Probe, Stay
-from rtfocus.autofocus.search import FocusSearch, SearchRule
+from rtfocus.autofocus.policy import (
+    Limits,
+    MoveRule,
+    Probe,
+    SearchRule,
+    Stay,
+    move_rule,
+    save_calibration,
+)
+from rtfocus.autofocus.search import FocusSearch
 from rtfocus.autofocus.survey import Survey
 from rtfocus.channel import Aberrations, OpticalSystem
 from rtfocus.config.model import AutofocusConfig
