@@ -30,7 +30,7 @@ from rtfocus.evaluation.scores import psnr, ssim
 from rtfocus.frame import TileGrid
 from rtfocus.optics.formation import BlurredPlanes, blur
 from rtfocus.optics.psf import compute_psf
-from rtfocus.processing.cpu.device import make_restorer
+from rtfocus.processing.cpu.network_restorer import make_restorer
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import METHODS, PATCH_BY_PATCH
 from rtfocus.specimens import draw_specimen

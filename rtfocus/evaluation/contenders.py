@@ -28,7 +28,8 @@ from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart, TileGrid
 from rtfocus.optics.psf import compute_psf
 from rtfocus.processing.channel_plan import plan_channel
 from rtfocus.processing.classify import is_mirrored
-from rtfocus.processing.cpu.device import OpenChannel, make_restorer
+from rtfocus.processing.cpu.device import OpenChannel
+from rtfocus.processing.cpu.network_restorer import make_restorer
 from rtfocus.processing.montage import Montage
 from rtfocus.processing.restore import METHODS
 from rtfocus.runtimes.cpu_engine import AXES, arranged_shape, import_openvino

@@ -1,7 +1,7 @@
 """CpuDevice: frames through NumPy, a CPU network and Fourier transforms, by plan."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfocus.config.model import Config
-from rtfocus.config.sections import RestorationConfig
 from rtfocus.engines.card import input_of
 from rtfocus.frame import DefocusMap, SeriesStart, TileGrid
 from rtfocus.machine import usable_threads
@@ -25,37 +24,18 @@ from rtfocus.processing.cpu.classifier import (
     TileNetwork,
 )
 from rtfocus.processing.cpu.depth_variant import (
-    DepthVariantRestorer,
     FrameRestorer,
-    LevelRestorer,
 )
 from rtfocus.processing.cpu.network_restorer import (
     JointRestorer,
     LearnedWienerRestorer,
     TileNetworkRestorer,
-    TileRestorer,
     WholeImageRestorer,
+    make_restorer,
 )
 from rtfocus.processing.device import Job, Prepared
-from rtfocus.processing.montage import Montage
-from rtfocus.processing.restore import PATCH_BY_PATCH
 
 Image = NDArray[np.float32]
-
-
-def make_restorer(
-    montage: Montage,
-    psfs: Mapping[int, Image],
-    settings: RestorationConfig,
-    quantum: float,
-    gain_e_per_count: float | None = None,
-) -> LevelRestorer:
-    """Make one of `METHODS` with the parameters of the config."""
-    if settings.method == PATCH_BY_PATCH:
-        return TileRestorer(montage, psfs, settings)
-    return DepthVariantRestorer(
-        montage, psfs, settings, quantum=quantum, gain_e_per_count=gain_e_per_count
-    )
 
 
 def open_restorer(

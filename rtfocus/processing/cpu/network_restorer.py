@@ -24,6 +24,7 @@ from rtfocus.optics.normalisation import PercentileRange, normalised
 from rtfocus.processing.classify import Conditions, invertible_normalisation
 from rtfocus.processing.cpu.classifier import FrameClassifier, Prediction, TileNetwork
 from rtfocus.processing.cpu.depth_variant import (
+    DepthVariantRestorer,
     FrameRestorer,
     LevelRestorer,
     Planes,
@@ -40,6 +41,7 @@ from rtfocus.processing.montage import (
     to_planes,
 )
 from rtfocus.processing.restore import (
+    PATCH_BY_PATCH,
     Spectrum,
     iterations_of,
     patch_halo_px,
@@ -234,6 +236,21 @@ def _with_halo(padded: Image, region: Region, halo_px: int) -> Image:
     rows = slice(region.rows.start, region.rows.stop + 2 * halo_px)
     columns = slice(region.columns.start, region.columns.stop + 2 * halo_px)
     return padded[rows, columns]
+
+
+def make_restorer(
+    montage: Montage,
+    psfs: Mapping[int, Image],
+    settings: RestorationConfig,
+    quantum: float,
+    gain_e_per_count: float | None = None,
+) -> LevelRestorer:
+    """Make one of `METHODS` with the parameters of the config."""
+    if settings.method == PATCH_BY_PATCH:
+        return TileRestorer(montage, psfs, settings)
+    return DepthVariantRestorer(
+        montage, psfs, settings, quantum=quantum, gain_e_per_count=gain_e_per_count
+    )
 
 
 Predict = Callable[[Image, Image | None], Image]
