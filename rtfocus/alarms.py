@@ -43,7 +43,7 @@ class Alarm:
 
 
 class Rules:
-    """What is worth an alarm; keeps what it has told of the run so far."""
+    """What is worth an alarm; keeps which alarms of the run it has raised."""
 
     def __init__(self, config: AlarmConfig) -> None:
         self._config = config
@@ -51,11 +51,11 @@ class Rules:
         self._far_since_s: float | None = None
         self._newest_s = self._newest_um = 0.0
         self._told_lost = 0
-        """Frames that were lost when it was told last."""
+        """Frames that were lost at the newest alarm of them."""
         self._told_s: dict[AlarmKind, float] = {}
 
     def look(self, monitor: Monitor, now_s: float) -> list[Alarm]:
-        """Return what has to be told now.
+        """Return the alarms to raise now.
 
         Parameters
         ----------
@@ -77,7 +77,7 @@ class Rules:
         return due
 
     def wants(self, kind: AlarmKind) -> bool:
-        """Tell whether this kind is to be told at all."""
+        """Whether alarms of this kind are wanted at all."""
         return kind in self._config.on
 
     def _is_time(self, kind: AlarmKind, now_s: float) -> bool:

@@ -65,7 +65,7 @@ def acquire(
 ) -> AcquisitionReport:
     """Run the microscope side: acquire one series and send it until it is durable.
 
-    `on_focus` is told of every move of the focus in one line.
+    `on_focus` gets one line for every move of the focus.
     """
     # A processor side starts without Micro-Manager, which takes long to import.
     from rtfocus.focusing import Focusing
@@ -387,7 +387,7 @@ class SeriesLoop:
         try:
             estimated = arrived.estimate.result()
         except EngineError:
-            # The frame's failure is told by its result, where it is recorded.
+            # The frame's result fails too, and there the failure is recorded.
             return arrived
         slot, frame = arrived.slot, arrived.slot.frame()
         estimate = None

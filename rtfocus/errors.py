@@ -81,7 +81,7 @@ class ConfigError(RtfocusError):
 
 
 class OpticsError(ConfigError, ValueError):
-    """Optics that no microscope has, told where they are made.
+    """Optics that no microscope has, refused where they are made.
 
     Also a ``ValueError``: pydantic and msgspec then name the place in a config or
     message.
@@ -253,7 +253,7 @@ def replacement(failure: RtfocusError | None) -> RtfocusError | None:
 
 @contextmanager
 def beside(first: RtfocusError | None, doing: str) -> Iterator[None]:
-    """Let what fails in the block be told beside `first`, where there is one.
+    """Add what fails in the block as a note to `first`, where there is one.
 
     Cleaning up after a failure mostly fails of the same cause: raised, it would hide
     what went wrong first.

@@ -380,7 +380,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _clear(path: Path, patience: Patience) -> None:
-    """Delete what has lost its name already; what resists is told, not raised."""
+    """Delete what has lost its name already; what resists is logged, not raised."""
     try:
         patience.insist(
             lambda: shutil.rmtree(path) if _is_folder(path) else path.unlink(),

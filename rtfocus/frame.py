@@ -249,7 +249,7 @@ class DefocusMap:
     background; None: the engine gives none."""
     stated_um: NDArray[np.float32] | None = None
     """How far off `defocus_um` may be, as measured where the truth is known; None:
-    not told yet, see `FrameResult`, or the engine gives no `uncertainty_um`."""
+    not stated yet, see `FrameResult`, or the engine gives no `uncertainty_um`."""
 
     def __repr__(self) -> str:
         # Of a dataclass it would be all its arrays.

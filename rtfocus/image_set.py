@@ -56,7 +56,7 @@ _Result = tuple[dict[str, int], NDArray[np.generic], FrameResult]
 def why_no_error(
     settings: Config, channel: str | None, find: Find, *, optics: str | None
 ) -> str | None:
-    """Say why the error left is not stated; None: it is. `optics`: who told them."""
+    """Say why the error left is not stated; None: it is. `optics`: their source."""
     classifier, restoration = settings.engines_of(channel)
     name, ways = restoration.method, restoration.orientations
     is_told = optics is not None and not settings.processing.blind
@@ -283,7 +283,7 @@ class ImageSet(Closing):
     def made(self, number: int) -> dict[str, str]:
         """Return how an image is restored: engines with weights, optics, their origin.
 
-        With equal optics in all channels these are told once.
+        With equal optics in all channels these are named once.
         """
         facts = [channel.made() for channel in self._plans[number]]
         if all(one == facts[0] for one in facts):
@@ -317,7 +317,7 @@ class ImageSet(Closing):
     ) -> Iterator[NDArray[np.generic]]:
         """Yield the restored planes of an image in the order of its indices.
 
-        `on_result` is told everything else about each.
+        `on_result` gets everything else about each.
 
         Raises
         ------

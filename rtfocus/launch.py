@@ -4,7 +4,7 @@ The preflight asks those who decide in a run too, before the first exposure: the
 microscope's core, the plan, the engines' cards and weights, the device, the disk.
 Nothing is exposed, moved or left on the disk.
 
-`rtfocus run` starts the microscope side as a child process. The child is told to
+`rtfocus run` starts the microscope side as a child process. The child is asked to
 stop by closing its standard input: that works on every system, and a parent that
 dies stops its child too.
 """

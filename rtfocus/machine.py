@@ -172,7 +172,7 @@ def memory(
         try:
             limit, used = (int((folder / name).read_text()) for name in version.files)
             stat = (folder / "memory.stat").read_text().split()
-        except (OSError, ValueError):  # not told, or no limit: "max"
+        except (OSError, ValueError):  # unknown, or no limit: "max"
             continue
         fields = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
         # Files that were read fill the rest of a group, and give way.
@@ -234,7 +234,7 @@ def check_space(folder: Path, planned: int | None, min_free: int) -> None:
 
 _SAMPLE_S = 0.25
 _WINDOW, _LEAST_S = 40, 5.0
-"""Ten seconds of samples; of less than five no rate is told: runs begin in bursts."""
+"""Ten seconds of samples; of less than five no rate is known: runs begin in bursts."""
 
 
 class DiskWatch:
@@ -295,7 +295,7 @@ def _mb(size: int) -> str:
 class RunClock:
     """Unix time that goes on evenly, whoever sets the machine's clock meanwhile.
 
-    Images are told apart and dated by it, drifts are followed by it: one that leaps by
+    Images are numbered and dated by it, drifts are followed by it: one that leaps by
     an hour would send the stage away. It is the machine's clock while that goes evenly.
     """
 

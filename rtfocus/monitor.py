@@ -237,7 +237,7 @@ class Monitor:
     def shown(
         self, config: Config, folder: Path, ask: Callable[[Act], None]
     ) -> ShownSeries:
-        """Return the series under way as viewers are told of it.
+        """Return the series under way as viewers see it.
 
         `ask` passes on what they ask the microscope side for.
         """
@@ -308,7 +308,7 @@ class FocusLog:
         if not lines:
             return None
         self._write(lines)
-        # What a peer sends in another form is kept, not told.
+        # What a peer sends in another form is kept, not shown.
         read = [found for line in lines if (found := focus_line(line)) is not None]
         told = [text for line in read if (text := in_words(line)) is not None]
         return told[-1] if told else None

@@ -253,7 +253,7 @@ class ImageProcessor(Closing):
         if np.issubdtype(first.restored.dtype, np.integer):
             np.rint(mean, out=mean)
         mean = mean.astype(first.restored.dtype)
-        # What is stated of the image as it lies is not the error of the mean.
+        # The error stated for one orientation is not that of the mean.
         return replace(first, restored=mean, expected_error=None)
 
     def _looked_coarser(
@@ -357,7 +357,7 @@ def _refuse_too_large(pixels: Pixels) -> None:
 
 
 def _result_of(ticket: Ticket) -> FrameResult:
-    """Wait for a result; what is wrong with the image is told as such."""
+    """Wait for a result; faults of the image are raised as such."""
     in_steps(lambda step_s: wait([ticket.result], step_s).done)
     try:
         return ticket.result.result()
@@ -387,7 +387,7 @@ def extract_kernels(
     Parameters
     ----------
     config
-        Its classifier says which level the engine is told.
+        Its classifier says which level the engine gets.
     engine
         Name or folder.
     image

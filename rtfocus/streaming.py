@@ -93,7 +93,7 @@ def estimates(
         while stop is None or not stop.is_set():
             preview = viewer.newest(_LOOK_S)
             estimate = None if preview is None else preview.header.estimate
-            # One frame's comes by itself, and again with the frame's picture.
+            # The estimate of a frame comes alone, and again with its picture.
             if estimate is not None and estimate != last:
                 yield estimate
                 last = estimate
@@ -281,7 +281,7 @@ class LiveStream:
                 self._publisher.stop()
                 self._core.mda.cancel()
             if self._thread is threading.current_thread():
-                # Ctrl-C has left the plan's run, which says no end by itself any more.
+                # Ctrl-C has left the plan's run, which signals its end no more.
                 end_abandoned(self._core.mda)
             while (plan := _begun_plan(self._core)) is not None:
                 if error is not None:
@@ -380,7 +380,7 @@ def _told(error: Exception) -> Exception:
 
 
 def _with_free_preview(config: Config) -> Config:
-    """Return `config` with its preview at another port, and told, if its is in use."""
+    """Return `config` with its preview at another port if its own is in use."""
     with open_preview(config.transport, any_port=True) as preview:
         return config.with_preview(endpoint=preview.endpoint, control=preview.control)
 
@@ -389,7 +389,7 @@ def _with_free_preview(config: Config) -> Config:
 def _telling(emit: Callable[[Estimate], None]) -> Iterator[Callable[[Estimate], None]]:
     """Yield what takes estimates; the newest is emitted from a thread of its own.
 
-    A listener may take its time. What is left at the end is still told.
+    A listener may take its time. What is left at the end is still emitted.
     """
     newest: Newest[Estimate] = Newest()
 

@@ -83,7 +83,7 @@ class FocusActions(MDAEngine):
             set_back_light(self.mmcore, found)
             try:
                 self.focuser.stage().go_to(self._found_at_um)
-            except MicroscopeError as error:  # the plan's other ends are to be told
+            except MicroscopeError as error:  # the rest of the plan's end follows
                 core_logger.warning("%s", error)
         super().teardown_sequence(sequence)
 

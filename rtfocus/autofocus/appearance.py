@@ -260,7 +260,7 @@ _APERTURES, _APERTURE_SD = (0.95, 1.0, 1.05), 0.05
 _SPREADS = (0.0, 0.2, 0.4)
 """Standard deviation of the frame's own heights, in depths of field."""
 _REVERSED = 4.0
-# Depths of field; beyond it nothing is told.
+# Depths of field; beyond it images say nothing.
 _FARTHEST, _STEP = 8.0, 0.05
 _LEAST_MODULATION = 0.05
 # How far log amplitudes are from the optics' curve, over how many depths of field,
@@ -282,7 +282,7 @@ class DefocusModels:
     Parameters
     ----------
     optics
-        Of the channel, as told.
+        Of the channel, as stated.
     direction
         +1: larger z brings the plane of focus towards the specimen; -1: away;
         0: not known. The other one is thought of too, at a price.

@@ -24,7 +24,7 @@ _LEAST_WEIGHT = 1e-3
 # An estimate may be an outlier with this probability: then nothing was learnt.
 OUTLIER = 0.03
 # Of `Drift`. Depths of field per square root of a second and of its cube: a drift that
-# wanders, and a place that wanders by itself.
+# wanders, and a place that wanders alone.
 _WANDER, _RATE_WANDER, _OWN_WANDER = 0.02, 0.0003, 0.003
 _FIRST_RATE = 0.1
 # How likely a course is wrong, and by how much, in depths of field and those a second.
@@ -132,7 +132,7 @@ def modes_of_weights(
     weights
         Of each.
     valley
-        Peaks that run into one another are told apart where the weight between them
+        Peaks that run into one another are two where the weight between them
         falls below this share of the lower one; 0: they are one mode.
     """
     floor = weights.max() * 1e-2
@@ -210,7 +210,7 @@ class _Course:
         return replace(self, heights=heights, ties=ties, variances=variances)
 
     def wandered(self, place: int, variance: float) -> "_Course":
-        """Return the course with a place that may have moved by itself."""
+        """Return the course with a place that may have moved alone."""
         variances = self.variances.copy()
         variances[place] += variance
         return replace(self, variances=variances)

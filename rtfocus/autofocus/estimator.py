@@ -1,4 +1,4 @@
-"""Estimator: what a frame says of focus, by itself and by its defocus map.
+"""Estimator: what a frame and its defocus map say of focus.
 
 A frame's defocus map becomes one estimate with a deviation, or a refusal with its
 reason: a refused move costs a second, a wrong one an objective. Tiles speak with the
@@ -94,7 +94,7 @@ def estimator_settings(
 
 
 def look_at(pixels: NDArray[np.generic], settings: EstimatorSettings) -> FocusReading:
-    """Read what a frame shows of focus by itself, before a classifier has seen it.
+    """Read what a frame alone shows of focus, before a classifier has seen it.
 
     Parameters
     ----------

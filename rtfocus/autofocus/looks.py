@@ -284,7 +284,7 @@ class Arrival:
         comparison
             Of the channel's optics.
         calibrated
-            The optics are known so well that other places are believed by themselves.
+            The optics are known so well that other places need no confirmation.
         is_clear
             Images changed by more than noise.
         """

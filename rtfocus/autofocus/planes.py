@@ -55,11 +55,11 @@ AS_TOLD, REVERSED = "as told", "reversed"
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """Another account of a stage than that it goes where it is told."""
+    """Another account of a stage than that it goes where it is sent."""
 
     name: str
     gain: float
-    """True way per way told."""
+    """True way per commanded way."""
     price: float
     """Minus the logarithm of how likely it is beforehand."""
 
@@ -75,7 +75,7 @@ class PlaneFit:
     unexplained: float
     """Share of the spectra's energy that the best leaves; 0 is a perfect fit."""
     answers: dict[str, float]
-    """Probability of each account of the stage: as told, reversed, those given."""
+    """Probability of each account of the stage: as sent, reversed, those given."""
     at_the_edge: bool
     """The best answer needs an aperture or aberration as far off as was allowed."""
     by_direction: dict[int, float]
@@ -168,7 +168,7 @@ class PlaneComparison:
         reach_um
             How far from the planes focus is looked for; None: as far as one can see.
         courses
-            Other accounts of the stage, tried where it does not seem to do as told.
+            Other accounts of the stage, tried where it does not seem to go as sent.
         """
         candidates = self.candidates(z_um, known, reach_um)
         focus = np.broadcast_to(candidates[:, None], (len(candidates), len(z_um)))
@@ -182,7 +182,7 @@ class PlaneComparison:
             turn = -self._direction
             tried.add(REVERSED, turn, turn * away, self.models, REVERSED_PRICE)
         for course in courses if tried.least > _EXPLAINED else ():
-            # The optics as they were told: an odd stage and odd optics are too much.
+            # The optics as they were stated: an odd stage and odd optics are too much.
             for turn in self.turns:
                 way = turn * course.gain * away
                 tried.add(course.name, turn, way, self._plain, course.price)
@@ -281,7 +281,7 @@ class Scores:
 
 # Of the spectra's energy, and in depths of field.
 _MOST_UNEXPLAINED, _MOST_APART = 0.02, 0.35
-# The better direction must explain so much more to be the told one.
+# The better direction must explain so much more to be the one.
 _CLEAR = 1.5
 FEWEST_PLANES = 5
 

@@ -1,4 +1,4 @@
-"""Findings: what is told of images beside the images: rows, stacks, errors.
+"""Findings: what is found out about images: rows, z-stacks, expected errors.
 
 A row per plane is what ``classify`` found, alone or by many processes. Single planes
 err; all planes of a stack together know better where focus is: the distance from it is
@@ -44,7 +44,7 @@ _LEAST_RISE = 2.0
 _LEAST_SHARE = 0.02
 """Of the larger one, by which both are farther away: none of them seems in focus."""
 _MARGIN = 0.75
-"""Of the steps between planes: with it nine of ten foci lay in the range told."""
+"""Of the steps between planes: with it nine of ten foci lay in the range stated."""
 
 Place = Literal["within", "below", "above", "unknown"]
 
@@ -431,5 +431,5 @@ class StatedErrors(msgspec.Struct):
             self.planes.append(error.astype("<f4").tobytes())
 
     def is_of(self, image: ImageSeries) -> bool:
-        """Tell whether all planes of an image are told of."""
+        """Whether there are findings of all planes of an image."""
         return len(self.planes) == len(image)

@@ -385,7 +385,7 @@ def _on_worker(
 def _of_dead(error: BaseException) -> str:
     """Say why a task raised, which a unit does not: its worker is gone, or rtfocus's.
 
-    A worker that dies of every unit is told by dask after three more tries.
+    Dask reports a worker that dies of every unit after three more tries.
     """
     if type(error).__name__ == "KilledWorker":
         return "every worker that began it died: too little memory? see their logs"

@@ -230,7 +230,7 @@ class _UnitAtWork:
     def _insist(self) -> None:
         """Refuse to put pixels into a batch that began anew, or is at its end.
 
-        This process was given up then, and nobody told it. Nor does an image come
+        This process was given up then, and does not know it. Nor does an image come
         there that changed while it was read.
         """
         if content_of(self.series) != self.unit.content:

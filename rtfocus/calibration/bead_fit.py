@@ -1,7 +1,7 @@
 """Bead fit: optics from a z-stack of small beads.
 
 A bead is a known object: a ball no wider than the PSF, at a place between the
-pixels that the fit finds by itself; its planes follow from the optics alone.
+pixels that the fit finds; its planes follow from the optics alone.
 """
 
 from collections.abc import Sequence
@@ -220,7 +220,7 @@ def calibrate_from_beads(
     fit_aperture: bool = True,
     fit_astigmatism: bool = False,
 ) -> Calibration:
-    """Fit NA, W and focus to the brightest single beads, each by itself.
+    """Fit NA, W and focus to the brightest single beads, one by one.
 
     The result is that of the bead predicted best; the others show how far it holds
     across the field.

@@ -334,7 +334,7 @@ class Reblurring:
         return gain, offset, 10.0 * log10(self._data_range**2 / max(mse, 1e-12))
 
 
-# The coarse search, from which each sign of W is refined by itself.
+# The coarse search, from which each sign of W is refined separately.
 _DEFOCUS_FACTORS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5)
 _SPHERICAL_WAVES = (0.1, 0.3, 0.5, 0.8)
 # How far a refinement may go: z relative to the nominal defocus, W in waves.

@@ -180,7 +180,7 @@ _FOCUS_UNITS = np.linspace(-1.5, 1.5, 13)
 _SECTION_PX = 61
 _SECTION_PLANES = 41
 # Less than this share of the variance predicted: the specimen is not flat, or the
-# optics are far off; even less: no optics are told.
+# optics are far off; even less: no optics show.
 _LEAST_EXPLAINED = 0.9
 _NOTHING_EXPLAINED = 0.1
 

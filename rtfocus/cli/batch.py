@@ -430,7 +430,7 @@ def _alone(ledger: Ledger) -> Iterator[None]:
     lock = FileLock(ledger.folder.with_name(f".{ledger.folder.name}.lock"))
     with writing(ledger.output, ConfigError):
         ledger.folder.parent.mkdir(parents=True, exist_ok=True)
-        try:  # within: it is an OSError, too, and would be told as one
+        try:  # within: it is an OSError, too, and would be reported as one
             lock.acquire(timeout=0)
         except Timeout as error:
             msg = f"another process works at the batch of '{ledger.output}'; wait"

@@ -110,7 +110,7 @@ def _compare(settings: Config, run: Path) -> None:
 
 @dataclass(frozen=True)
 class Trace:
-    """How far from focus every frame truly was, and would have been by itself."""
+    """How far from focus every frame truly was, and would have been without hold."""
 
     seconds: NDArray[np.float64]
     """Since the first exposure; the drift began there."""
@@ -238,7 +238,7 @@ def _on_frame(
 ) -> NDArray[np.float64]:
     """Return a tile map over the pixels of its frame, evenly between tile centres.
 
-    Tiles overlap by half, so that the defocus of a pixel between two centres is told
+    Tiles overlap by half, so that the defocus of a pixel between two centres is shown
     by both. Background stays background.
     """
     places = [

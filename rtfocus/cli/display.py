@@ -32,7 +32,7 @@ _WIDEST = 72
 """Characters of a sparkline; wider ones are harder to read."""
 _SOON_S = 600.0
 _MOST_PLANES_TOLD, _WORST = 40, 10
-"""Planes that get a line each; of more, those that are told."""
+"""Planes that get a line each; of more there is a summary."""
 
 
 @contextmanager

@@ -231,7 +231,7 @@ def tell(error: Exception, *, was_interrupted: bool = False) -> int:
     """Say on standard error what happened, in one line; return the exit code.
 
     What a user can act on (`RtfocusError`, or an operation that the system
-    refused) is told as such. Anything else is a fault of rtfocus: its traceback is
+    refused) is reported as such. Anything else is a fault of rtfocus: its traceback is
     written to a file that the line names. ``RTFOCUS_DEBUG=1`` shows it at once.
     Of a command that was interrupted it is no fault: libraries make errors of their
     own of a `KeyboardInterrupt`, as pydantic does while it builds a class.

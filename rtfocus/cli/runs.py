@@ -1,4 +1,4 @@
-"""Run commands: a run folder told, reported, checked and exported.
+"""Run commands: a run folder reported, checked and exported.
 
 The numbers of a report are ``report.json``'s. Of autofocus it says what it did, as one
 line and as a picture. The picture shows, for the first position, the defocus as the

@@ -342,7 +342,7 @@ def _key_of(location: Iterable[int | str], cause: object) -> str:
 
 
 _SAYS_ALL = ("missing", "value_error", "extra_forbidden")
-"""Faults that are told with the value, unless their cause names it."""
+"""Faults reported with the value, unless their cause names it."""
 
 
 def fault_in_words(fault: ErrorDetails) -> str:

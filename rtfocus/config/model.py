@@ -142,7 +142,7 @@ class AutofocusConfig(Section):
     """Smallest correction worth a move, in depths of field (n lambda / NA^2)."""
     direction: Literal["auto", "toward", "away", "unknown"] = "auto"
     """What larger z does to the plane of focus: ``toward`` the specimen or ``away``
-    from it; ``auto``: as Micro-Manager's hardware wizard was told."""
+    from it; ``auto``: as set in Micro-Manager's hardware wizard."""
     safe_side: Literal["auto", "down", "up"] = "auto"
     """Where the objective cannot touch the specimen; ``auto``: away from it."""
     approach: Literal["either", "up", "down"] = "either"

@@ -422,14 +422,14 @@ AlarmKind = Literal["focus", "disk", "frames", "end"]
 
 
 class AlarmConfig(Section):
-    """Who is told of lost focus, a disk that fills up, lost frames and the end.
+    """Who hears of lost focus, a disk that fills up, lost frames and the end.
 
     A line says it in any case. What cannot be delivered is counted in the report and
     never hurts the run.
     """
 
     on: list[AlarmKind] = ["focus", "disk", "frames", "end"]
-    """What is told."""
+    """Kinds of alarm that are sent."""
     webhook: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
     """URL that gets a JSON message by POST, its ``text`` for people."""
     command: Annotated[list[str], Field(min_length=1)] | None = None

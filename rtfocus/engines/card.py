@@ -199,7 +199,7 @@ class EngineCard(Section):
     deviation: dict[Literal["told", "blind"], DeviationCard] = Field(
         default_factory=dict
     )
-    """How far off its defocus is, optics told or not; empty: the labels' spread."""
+    """How far off its defocus is, optics given or not; empty: the labels' spread."""
     evidence: EvidenceCard | None = None
     """What weighs the corrections where an engine runs blind; None: nothing does."""
     expected_error: ErrorCard | None = None
@@ -214,7 +214,7 @@ class EngineCard(Section):
 
     @property
     def needs_no_optics(self) -> bool:
-        """Whether it may be told nothing at all, not even the sampling."""
+        """Whether all of its condition may be unknown, the sampling too."""
         entries = () if self.condition is None else self.condition.entries
         return "sampling_known" in entries
 

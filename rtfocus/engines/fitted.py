@@ -149,7 +149,7 @@ Image = NDArray[np.float32]
 
 CELL_PX = 16
 BLOCK_PX = 2 * CELL_PX
-"""Side of what an error is told of; then it is averaged over the tiles of the map."""
+"""Side of the cells of an error, which is then averaged over the tiles of the map."""
 OCTAVES = 4
 # Least power, in squares of the frame's range: below it nothing is measured.
 _LEAST = 1e-7
@@ -269,7 +269,7 @@ def with_applied(measured: Image, share: Image, power: Image) -> Image:
 
 
 def forget_unseen(error: Image, grid: TileGrid, pixels: NDArray[Any]) -> None:
-    """Make NaN of what is told of tiles whose pixels were no numbers, but a median."""
+    """Set to NaN what is said of tiles whose pixels are medians in place of NaN."""
     numbers = np.isfinite(pixels)
     if numbers.ndim == 3:  # all(axis=2) takes seven times as long
         numbers = numbers[..., 0] & numbers[..., 1] & numbers[..., 2]

@@ -338,7 +338,7 @@ than of a whole tile there."""
 
 
 def why_too_small(shape: Sequence[int]) -> str | None:
-    """Say why the defocus of an image (y, x, ...) cannot be told; None: it can."""
+    """Say why an image (y, x, ...) is too small for a defocus; None: it is not."""
     if min(shape[:2]) >= LEAST_PX:
         return None
     return (

@@ -148,19 +148,19 @@ class Contender:
     name: str
     """Engine or method, as the table shows it."""
     classifier: str | None
-    """Engine that finds the defocus; None: the defocus is told."""
+    """Engine that finds the defocus; None: the true one is given."""
     method: str
     """Restoration; ``none`` for classifiers."""
     engine: FoundEngine | None
     """The network under test; None: a built-in method."""
     blind: bool
-    """Engines are not told the aberrations."""
+    """Engines do not get the aberrations."""
     orientations: int = 1
     """In how many an image is restored; the mean counts."""
 
     @property
     def title(self) -> str:
-        """Name with what the contender is told, where that makes a difference."""
+        """Name with what the contender knows, where that makes a difference."""
         condition = None if self.engine is None else self.engine.card.condition
         if condition is None or "optics_known" not in condition.entries:
             return self.name
@@ -236,7 +236,7 @@ def contender(
     EngineError
         If there is no such engine.
     ConfigError
-        If something other than a built-in method is to be told the defocus.
+        If something other than a built-in method is to get the true defocus.
     """
     if name.endswith(EXACT):
         method = name.removesuffix(EXACT)

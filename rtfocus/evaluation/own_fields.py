@@ -1,7 +1,7 @@
 """Own fields: the sharp planes of a laboratory's images, checked and split by field.
 
 Of a z-stack the sharpest plane is taken, of a large plane the liveliest window. What
-cannot be learned from is left out and told. Images that show the same place (time
+cannot be learned from is left out and named. Images that show the same place (time
 points, channels, single planes of a stack, copies) stand on one side of the split,
 whatever their files are called: their thumbnails correlate.
 """

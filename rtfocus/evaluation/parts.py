@@ -88,7 +88,7 @@ class Wish:
     def contenders(
         self, names: Sequence[str], blind: Sequence[bool]
     ) -> list[Contender]:
-        """Find every contender once; one that is told nothing is the same either way.
+        """Find every contender once; one that needs no optics is the same either way.
 
         Parameters
         ----------

@@ -62,7 +62,7 @@ Labels = NDArray[np.int64]
 _BINS = 15
 # Below it the uncertainty counts as this: certain labels round to none.
 _LEAST_SIGMA_UM = 0.01
-# Ranks of the cumulative match that are told.
+# Ranks of the cumulative match that are reported.
 _TOP = 5
 _FEWEST = 9
 """Places that are ranked."""

@@ -211,7 +211,7 @@ _PNG_KEY = "Software"
 _ZARR_MARKS = ("zarr.json", ".zgroup", ".zattrs", ".zarray")
 
 Provenance = Mapping[str, str]
-"""Facts about one result in the order in which they are told: engine, optics, ..."""
+"""Facts about one result in the order in which they are written: engine, optics, ..."""
 
 
 def is_zarr(folder: Path) -> bool:

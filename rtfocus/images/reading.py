@@ -36,7 +36,7 @@ from rtfocus.images.series import (
 )
 from rtfocus.images.tiff import import_imagecodecs, read_tiff
 
-# Modes that are no grey levels and no RGB, what they become and what is told.
+# Modes that are no grey levels and no RGB, what they become, and the note.
 _CONVERT = {
     "1": ("L", ""),
     "P": ("RGB", ""),
@@ -179,7 +179,7 @@ _FOREIGN = frozenset(
     ".czi .dv .gif .ims .jp2 .lif .lsm .mrxs .nd2 .ndpi .oib .oif .oir .r3d .scn .stk "
     ".svs .vsi .webp .zvi".split()
 )
-"""Formats of images that are not read; leaving them out of a folder is told."""
+"""Formats of images that are not read; leaving them out of a folder is noted."""
 
 _RAW = "raw.ome.zarr"
 
@@ -362,7 +362,7 @@ def _read_all(candidates: list[_Candidate]) -> FoundImages:
     broken: list[BrokenImage] = []
     taken: set[str] = set()
     for candidate in candidates:
-        # By os.path: links in a circle have no place, and are told when read.
+        # By os.path: links in a circle have no place, and are refused when read.
         if os.path.realpath(candidate.path) in taken:
             continue
         try:

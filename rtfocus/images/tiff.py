@@ -2,7 +2,7 @@
 
 Axes other than t, c, z (positions, tiles, angles ...) make images of their own.
 Axes that the file does not name take, outermost first, those of t, z, c that are
-free; an innermost one of at most 4 beside another is c. The user is told.
+free; an innermost one of at most 4 beside another is c. The user gets a note.
 """
 
 import itertools
@@ -39,7 +39,7 @@ from rtfocus.images.tiff_file import (
     stack_facts,
 )
 
-# What it warns of is either harmless or told by us, as a note or an error.
+# What it warns of is harmless, or we report it as a note or an error.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 _COLOURS = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
@@ -323,7 +323,7 @@ def _gaps(series: tifffile.TiffPageSeries, axes: str) -> NDArray[np.bool_] | Non
 def _told_gaps(
     gaps: NDArray[np.bool_] | None, axes: str, fixed: dict[str, int]
 ) -> tuple[int, list[str]]:
-    """Return how many planes of one image were written, and what is told of gaps."""
+    """Return how many planes of one image were written, and notes about gaps."""
     if gaps is None:
         return 1, []
     outer = [axis for axis in axes if axis not in "YXS"]

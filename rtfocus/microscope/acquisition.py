@@ -116,7 +116,7 @@ class LiveAcquisition:
         Raises
         ------
         RtfocusError
-            What went wrong, after the sink was told the end.
+            What went wrong, after the sink has the end.
         """
         self._started = time.perf_counter()
         failure: Exception | None = None
@@ -164,7 +164,7 @@ class LiveAcquisition:
         return CANCELED
 
     def _ended(self, frames: int) -> str:
-        """Tell why the camera stopped by itself."""
+        """Tell why the camera stopped unasked."""
         if self._core.isBufferOverflowed():
             raise overflow_error(self._core)
         if self._expected < frames and self._live.frames is None:
@@ -269,7 +269,7 @@ def acquire(
     config
         Its `microscope`, `acquisition` and `channels` sections are read.
     sink
-        Takes the frames; its end is told in every case once it was started.
+        Takes the frames; it hears of the end in every case once it was started.
     stop
         Ends the series when set, also from another thread.
     core

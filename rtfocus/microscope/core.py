@@ -57,7 +57,7 @@ def look_into(folder: Path) -> AdapterFolder:
 
 
 def installed_folders() -> list[AdapterFolder]:
-    """Return the folders that pymmcore-plus finds by itself, first choice first."""
+    """Return the folders that pymmcore-plus finds, first choice first."""
     return [look_into(Path(path)) for path in find_micromanager(return_first=False)]
 
 
@@ -204,7 +204,7 @@ class PatientCore(UniMMCore):
         return image
 
     def popNextImageMD(self, *args: Any) -> NDArray[Any]:  # noqa: ANN401, N802
-        """Take the oldest image out of the buffer, and what is told of it."""
+        """Take the oldest image out of the buffer, with its metadata."""
         image: NDArray[Any] = super().popNextImageMD(*args)
         self.taken.set()
         return image

@@ -266,7 +266,7 @@ class Replay:
         Raises
         ------
         RtfocusError
-            What went wrong, after the sink was told the end.
+            What went wrong, after the sink has the end.
         """
         self._delivery = Delivery(self.series, sink, on_frame)
         started = time.perf_counter()

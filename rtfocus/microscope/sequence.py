@@ -191,7 +191,7 @@ def _refuse_large_plate(given: dict[Any, Any], key: str) -> None:
     """Raise ConfigError for a plate of too many points: useq makes them all at once."""
     try:
         number = len(useq.WellPlatePlan.model_validate(copy.deepcopy(given)))
-    except (ValueError, TypeError):  # told with the rest of the plan
+    except (ValueError, TypeError):  # reported with the rest of the plan
         return
     if number > (most := _MOST["g"][0]):
         msg = f"{key} has {number:,} points in wells, more than {most:,}; split it"
@@ -286,7 +286,7 @@ def _why_other_kind(given: dict[Any, Any], kind: Kind, parsed: object) -> str | 
     """Return the fault of a plan that only useq's other kinds can read; None: none."""
     if not isinstance(parsed, BaseModel) or isinstance(parsed, kind):
         return None
-    if not given.keys() <= _keys(kind).keys():  # told as unknown
+    if not given.keys() <= _keys(kind).keys():  # reported as unknown
         return None
     try:
         kind.model_validate(copy.deepcopy(given))

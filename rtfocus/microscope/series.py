@@ -1,4 +1,4 @@
-"""Series: what is told about a series before its first frame.
+"""Series: what is known of a series before its first frame.
 
 What pymmcore-plus says of a run travels in small JSON form. What it only logs although
 a frame may be wrong counts too: a stage or channel that cannot be set is a log line
@@ -100,7 +100,7 @@ class Complaints(logging.Handler):
     def heard(self, *, alone: bool = True) -> Iterator[None]:
         """Listen while the block runs; `alone`: the terminal gets no lines meanwhile.
 
-        The logger is also told then to leave out its line per MDA event, which costs
+        The logger also leaves out its line per MDA event then, which costs
         as much as the event itself, and the whole plan that a cancellation repeats.
         """
         logger = logging.getLogger(LOGGER)

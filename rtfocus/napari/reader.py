@@ -229,7 +229,7 @@ def _look(run: Run, kind: Kind, channel: dict[str, Any]) -> dict[str, object]:
         signed = kind == "defocus" and grid is not None and grid.signed
         look = {"colormap": SIGNED_MAP if signed else UNSIGNED_MAP, **_TILES}
     window = channel.get("window")
-    # Before its end a run does not say what is in it: napari looks by itself.
+    # Before its end a run does not say what is in it: napari looks itself.
     if run.report is not None and isinstance(window, dict):
         limits = [window.get("start"), window.get("end")]
         if all(isinstance(one, int | float) and np.isfinite(one) for one in limits):

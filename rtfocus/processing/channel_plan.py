@@ -76,7 +76,7 @@ class ClassifierPlan:
     quantum: float
     """Step between the camera's values; 0 for float frames."""
     conditions: Conditions | None = None
-    """What the engine is told; None: nothing."""
+    """What the engine gets beside the pixels; None: nothing."""
     mirrored: bool = False
     """The engine sees the sign of the defocus turned."""
     images: int = 1
@@ -85,7 +85,7 @@ class ClassifierPlan:
     restores: bool = False
     """Whether the restored frame of a joint engine is wanted."""
     looks_twice: bool = False
-    """Whether it is restored in a second pass, told what the first has found."""
+    """Whether it is restored in a second pass that knows what the first found."""
 
     @property
     def card(self) -> EngineCard:
@@ -105,7 +105,7 @@ class RestorationPlan:
     found: FoundEngine | None = None
     """Engine; None: built in."""
     conditions: Conditions | None = None
-    """What the engine's tiles are told."""
+    """What the engine gets beside its tiles."""
     own_pass: ClassifierPlan | None = None
     """Of a joint engine that is not the classifier."""
 
@@ -164,7 +164,7 @@ class ChannelPlan:
     def evidence(self) -> Evidence | None:
         """What weighs the corrections, see `rtfocus.engines.fitted`.
 
-        None: the optics were told, or nothing restores that can be weighed.
+        None: the optics are known, or nothing restores that can be weighed.
         """
         restoration = self.restoration
         if restoration is None or not self.processing.blind:
@@ -239,7 +239,7 @@ def plan_channel(
     EngineError
         If an engine is missing, does not fit the optics or is of the wrong kind.
     ConfigError
-        If flat field or orientations do not fit, or defocus is told of too few pixels.
+        If flat field or orientations do not fit, or frames are too small for a defocus.
     """
     settings = config.channel(channel.name)
     optics = settings.optics or channel.optics

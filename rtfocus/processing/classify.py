@@ -1,10 +1,10 @@
-"""Classify: what engines are shown and told of a tile, and what their answer means.
+"""Classify: what engines get of a tile, and what their answer means.
 
 **Rules** of the card say how frames are normalised and which tiles are empty. They lie
 in `rtfocus.optics.normalisation`, which training uses too: a network sees in the loop
 exactly what it was trained on.
 
-**Conditions** are told beside the pixels. The PSFs of (z, W) and of (-z, -W) are the
+**Conditions** are given beside the pixels. The PSFs of (z, W) and of (-z, -W) are the
 same (z defocus, W spherical aberration), so engines are trained with W <= 0 alone.
 Where a channel's W is positive they see its mirror image: the sign of every defocus is
 turned on the way in and back on the way out.
@@ -124,7 +124,7 @@ class Conditions:
     Parameters
     ----------
     blind
-        The optics are not known, or are not to be told: the aberrations, and the
+        The optics are not known, or are kept back: the aberrations, and the
         sampling to engines that can do without.
     signed
         Whether the defocus that tiles come with has a direction.

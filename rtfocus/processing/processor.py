@@ -136,7 +136,7 @@ class FrameProcessor:
         Parameters
         ----------
         slot
-            Of the pool whose size `start` was told.
+            Of the pool whose size was given to `start`.
         unrestored
             Why restoration is to be left out; None: restore.
 
@@ -353,7 +353,7 @@ class _Run:
         if defocus is not None:
             job.estimated = estimate_frame(job.slot.frame(), defocus), defocus
         refuse_no_numbers(job)
-        # Of a frame that was taken over it may have been told before.
+        # A frame that was taken over may have its estimate already.
         if not job.ticket.estimate.done():
             job.ticket.estimate.set_result(job.estimated)
         self._device.begin_restoring(job)

@@ -247,7 +247,7 @@ _USUAL_ITERATIONS = 15
 
 
 def iterations_of(settings: RestorationConfig) -> int:
-    """Return those asked for, or as many as the method takes by itself."""
+    """Return the iterations asked for, or the default of the method."""
     own = _ITERATIONS.get(settings.method, _USUAL_ITERATIONS)
     return settings.iterations or own
 

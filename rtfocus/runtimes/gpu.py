@@ -362,7 +362,7 @@ GPU_BACKENDS: tuple[GpuBackend, ...] = (
 def open_network(wanted: str, request: GpuRequest, device: Gpu) -> GpuEngine:
     """Load a network with the backend of a name, or the first that can.
 
-    With ``auto`` a backend that cannot build or load this network is told about and
+    With ``auto`` a backend that cannot build or load this network is logged and
     passed over.
 
     Raises

@@ -216,7 +216,7 @@ def _test_tensors(found: FoundEngine) -> dict[str, Image]:
 
 
 def _told(card: EngineCard) -> Image:
-    """Return what the network is told in its test: its own optics, one level off."""
+    """Return the condition of the network in its test: own optics, one level off."""
     levels, optics = parts(card)
     known = Conditions(card, optics.reference, blind=False, signed=levels.signed)
     told = known.rows(np.array([levels.step_um], np.float32))

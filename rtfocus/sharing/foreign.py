@@ -287,7 +287,7 @@ def _size(image: Image) -> str:
 
 
 def _run(found: FoundEngine, images: Image) -> Image:
-    """Run the network in float32; one that cannot be run is told in one line."""
+    """Run the network in float32; one that cannot be run is refused in one line."""
     name = found.card.output.name if found.card.output else ""
     settings = ProcessingConfig(precision="f32")
     try:

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 _LEAST_POWER = 1e-4
 # Of counts: a channel without contrast is not blown up to noise of deviation 1.
 _LEAST_DEVIATION = 1e-4
-# Share of a patch that is no background, from which on its defocus can be told.
+# Share of a patch that is no background, from which on its defocus can be found.
 _LEAST_SPECIMEN = 0.25
 _CHANCE: ContextVar[torch.Generator | None] = ContextVar("chance", default=None)
 L = TypeVar("L", bound=nn.Module)
@@ -364,7 +364,7 @@ def second_look(
     """Return the condition with the defocus that a first look at patches finds.
 
     Of those marked in ``twice``, shape (N,). `found` are the entries that tell a
-    defocus, and that one is told.
+    defocus, and that it is known.
     """
     twice, condition = tensors["twice"].bool(), tensors["condition"].clone()
     if twice.any():
@@ -403,7 +403,7 @@ def in_the_mean(
     orientations
         How many of the eight, drawn by chance.
     found
-        None: networks look once; else twice where nothing is told, see `second_look`.
+        None: networks look once; else twice where optics are hidden, see `second_look`.
 
     Returns
     -------

@@ -381,7 +381,7 @@ _OPSET = 18
 def write_onnx(graph: Graph, path: Path) -> None:
     """Write a graph; EngineError where torch cannot trace it."""
     # Names, not `torch.export.Dim`s: torch would trace a network twice whose sides are
-    # multiples of a number, which it finds out by itself.
+    # multiples of a number, which it finds out.
     shapes = tuple(dict(graph.dynamic.get(name, {})) for name in graph.inputs)
     with _errors_only(logging.getLogger("torch.onnx")), warnings.catch_warnings():
         # The exporter warns about its own libraries' deprecated calls.

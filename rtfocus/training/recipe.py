@@ -183,7 +183,7 @@ class PairsRecipe(Section):
     """Share of the widely drawn ones that follow Born and Wolf, even in z."""
     gaussian_share: Fraction = 0.0
     """Share of the widely drawn ones blurred by Gaussians as wide as their defocus;
-    nobody is told which level that is."""
+    which level that is stays unknown."""
     sampling_factors: tuple[Positive, Positive] = (0.6, 1.6)
     """Range of the widely drawn pixel sizes, in those of the reference. Finer pixels
     than those see less defocus, so that the blur spans no more of them."""

@@ -261,7 +261,7 @@ class PairTask(Task[P]):
 
 
 class RestorerTask(PairTask[P]):
-    """A task whose network restores tiles; told nothing else unless a subclass says so.
+    """A task whose network restores tiles, and gets nothing else by default.
 
     What its engine's card says is set by subclasses.
     """

@@ -358,7 +358,7 @@ class Inflow:
         # The one copy of this side: from ZeroMQ's message or the publisher's memory.
         np.copyto(target, np.frombuffer(pixels, target.dtype).reshape(target.shape))
         if placed and self._shared and not self._shared.holds(placed):
-            # Only one that was replaced meanwhile is told of a frame that is gone.
+            # Only one that was replaced meanwhile hears of a frame that is gone.
             self._pool.release(slot)
             msg = f"frame {header.sequence} was let go while it was read"
             raise ProtocolError(msg, "replaced")

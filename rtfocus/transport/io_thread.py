@@ -1,7 +1,7 @@
 """I/O thread: one thread that opens, uses and closes all sockets of a side.
 
 And the sockets of a recorder, opened anew where a link broke, the count of what was
-rejected, and the last of what is told piece by piece.
+rejected, and the last items of what is sent piece by piece.
 """
 
 import logging
@@ -79,7 +79,7 @@ class IoLoop(Protocol):
 
 
 class IoThread:
-    """Runs a loop until `close`; its failure is kept and told to everybody.
+    """Runs a loop until `close`; its failure is kept and raised in every call.
 
     Parameters
     ----------
@@ -162,7 +162,7 @@ class IoThread:
                     action()
                     self._acted.set()
                 loop.turn()
-        except Exception as error:  # told to every caller from here on
+        except Exception as error:  # raised for every caller from here on
             said = error if isinstance(error, RtfocusError) else repr(error)
             failure = TransportError(f"transport thread failed: {said}")
             failure.__cause__ = error
@@ -364,11 +364,11 @@ class Rejections:
 
 
 class Recent(Generic[T]):
-    """The last items of many, told piece by piece; whoever uses it holds a lock.
+    """The last items of many, sent piece by piece; whoever uses it holds a lock.
 
     Parameters
     ----------
-    kept
+    most
         So many; older ones are gone.
     """
 
@@ -390,7 +390,7 @@ class Recent(Generic[T]):
     def news(self, *, everything: bool) -> list[T]:
         """Return, oldest first, what came since the call before the last, or all.
 
-        Each item is told twice, so that whoever misses one call misses nothing.
+        Each item is sent twice, so that whoever misses one message misses nothing.
         """
         new = len(self._items) if everything else self.count - self._told[0]
         self._told = (self._told[1], self.count)

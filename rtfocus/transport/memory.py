@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class Segment(msgspec.Struct, frozen=True):
-    """Where a publisher holds its frames, told to a recorder."""
+    """Where a publisher holds its frames, for the recorder."""
 
     name: str
     """Linux: ``/proc/PID/fd/N``; Windows: of the mapping."""

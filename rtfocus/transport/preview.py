@@ -355,7 +355,7 @@ def _reduced(
 def open_preview(
     transport: TransportConfig, *, any_port: bool = False
 ) -> Iterator[PreviewPublisher]:
-    """Open the preview; with `any_port` elsewhere, and told, if its port is in use."""
+    """Open the preview; with `any_port` elsewhere, logged, if its port is in use."""
 
     def opened(config: PreviewConfig) -> PreviewPublisher:
         return PreviewPublisher(

@@ -267,7 +267,7 @@ class FramePublisher(Closing):
         """Say that no frame follows; wait until all of them are durable.
 
         The recorder learns of the end first: it may need it to finish a shard. It
-        is told why, and what of the plan was never sent; see `SeriesEnd`.
+        hears why, and what of the plan was never sent; see `SeriesEnd`.
 
         Raises
         ------
@@ -303,7 +303,7 @@ class FramePublisher(Closing):
         self._stopped = True
 
     def close(self) -> None:
-        """Close the sockets; a recorder of an unfinished series is told so."""
+        """Close the sockets; a recorder of an unfinished series hears of it."""
         self._thread.close()
         if self._pool is not None:
             self._pool.close()

@@ -153,7 +153,7 @@ class FrameReceiver:
         next_sequence
             The first frame that is not durable: 0, or more after a restart.
         folder
-            Where the series will lie; told to people on the other side.
+            Where the series will be; shown to people on the other side.
         """
         dialogue = self._dialogue
         if dialogue is None or dialogue.welcome is None:
@@ -314,7 +314,7 @@ class ReceiverLoop:
         self.asks: deque[Act] = deque()
         """What viewers ask of the microscope side; `MOST_ASKS` wait."""
         self.leaves_for = "receiver closed"
-        """What the publisher is told at the end."""
+        """What the publisher hears at the end."""
         self._waker = waker
         self._rejections = Rejections(
             "frames", lambda reason: accounting.count("rejected", reason)

@@ -211,7 +211,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer", tag_field="type"):
 
 @dataclass(frozen=True)
 class ShownSeries:
-    """A series as viewers are told of it."""
+    """A series as viewers see it."""
 
     series: SeriesStart
     folder: Path

@@ -122,7 +122,7 @@ def place_of(index: Mapping[str, int]) -> Place:
 
 
 SIDE_PX = 1024
-"""Pictures are reduced to at most this side; a region is then asked for by itself."""
+"""Pictures are reduced to at most this side; a region is then asked for on its own."""
 _READ_BYTES = 4 << 20
 _IMAGES: tuple[tuple[ImageName, PlaneKind], ...] = (
     ("raw", PlaneKind.RAW),

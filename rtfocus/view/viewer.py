@@ -195,7 +195,7 @@ class Viewer:
             task.add_done_callback(self._working.discard)
             return
         self._scene.refused["request"] += 1
-        # A page that takes no answers is told no more of them.
+        # A page that takes no answers gets no more of them.
         if len(self._replies) < MOST_MALFORMED:
             why = f"{MOST_ASKED} requests wait for their answers: ask again after them"
             self._replies.append({"type": "answer", "what": act, "why": why})

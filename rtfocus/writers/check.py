@@ -48,7 +48,7 @@ from rtfocus.writers.places import Plan, TakenPlaces, complete
 from rtfocus.writers.recovery import ASIDE_NAME, mend_journal, read_rejected, set_aside
 
 _MOST_PROBLEMS = 20
-"""Problems of one kind told one by one."""
+"""Problems of one kind listed one by one."""
 
 
 @dataclass
@@ -110,7 +110,7 @@ def check_run(
     """Check a run folder, after finishing it where `repair` asks for it.
 
     Every frame is read and decompressed: this takes about as long as reading the
-    files. `on_progress` is told the share of the journal that is checked, 0 to 1.
+    files. `on_progress` gets the share of the journal that is checked, 0 to 1.
 
     Raises
     ------

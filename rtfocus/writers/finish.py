@@ -446,5 +446,5 @@ def _values(images: RunImages, name: str, place: Index) -> NDArray[np.generic]:
     try:
         return thinned(images.read(name, place))
     except WriterError:
-        # A damaged frame is told by the check, and does not keep a run from its end.
+        # `check` finds a damaged frame, which does not keep a run from its end.
         return np.empty(0)

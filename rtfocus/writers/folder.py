@@ -125,7 +125,7 @@ class RunLock:
         BusyError
             Then nothing in the folder may be touched any more.
         WriterError
-            If it cannot be told, for longer than a virus scanner or a network disk
+            If nobody can know, for longer than a virus scanner or a network disk
             takes: then nothing may be touched either.
         """
         # The wall clock goes on while a machine sleeps, the monotonic one may not.
@@ -164,7 +164,7 @@ class RunLock:
 
 
 def holder_of(folder: Path) -> LockHolder | None:
-    """Return who writes the folder now; None: nobody, as far as can be told.
+    """Return who writes the folder now; None: nobody, as far as is known.
 
     Changes nothing: a folder that was never locked, or may only be read, stays as it
     is.
@@ -188,7 +188,7 @@ def _read_holder(folder: Path) -> LockHolder | None:
 
 
 def _holder_in(folder: Path) -> LockHolder | None:
-    """Return who is named in the folder; OSError: it cannot be told now."""
+    """Return who is named in the folder; OSError: it cannot be read now."""
     try:
         data = (folder / HOLDER_NAME).read_bytes()
         return msgspec.json.decode(data, type=LockHolder)

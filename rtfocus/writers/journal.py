@@ -334,7 +334,7 @@ def write_journal(path: Path, lines: Iterable[bytes]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One piece of a journal as it lies on the disk, line or not."""
+    """One piece of a journal as it is on the disk, line or not."""
 
     number: int
     """Counted from 1."""

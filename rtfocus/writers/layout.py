@@ -42,7 +42,7 @@ _VERSION = "0.5"
 _RGB = (("red", "FF0000"), ("green", "00FF00"), ("blue", "0000FF"))
 _COLOURS = ("00FFFF", "FF00FF", "FFFF00", "FF0000", "00FF00", "0000FF")
 _MAP_COLOURS = {DEFOCUS: "FFB000"} | dict.fromkeys(INNER, "FFFFFF")
-"""Of what is no picture of the specimen; amber is told from grey by everybody."""
+"""Of what is no picture of the specimen; everybody can tell amber from grey."""
 _BY_WAVELENGTH_NM = (
     (490, "0000FF"),
     (570, "00FF00"),

@@ -32,7 +32,7 @@ Sampled = tuple[Index, NDArray[Any] | None]
 """Place of a frame and values of it; None: they are not known."""
 
 MOST_HOLES = 2**20
-"""Most planned frames in a row, never sent, whose places are told one by one."""
+"""Most planned frames in a row, never sent, whose places are listed one by one."""
 MOST_EVENTS = 100_000
 """Longest plan of a series without an end that is expanded to find lost frames."""
 MOST_SAMPLED = 8
@@ -295,7 +295,7 @@ class Missing:
     sequence: int | None
     """None: the sender never had this frame."""
     index: Index | None
-    """None: the place cannot be told, or the frame was an autofocus probe."""
+    """None: the place is not known, or the frame was an autofocus probe."""
     reason: str
 
 
@@ -314,7 +314,7 @@ class GapFinder:
         self._plan = plan
         self._before = before
         self._lost: list[tuple[int | None, str]] = []
-        """Sequence and reason; no sequence once it was told without a place."""
+        """Sequence and reason; no sequence once it was reported without a place."""
 
     def lose(self, first: int, count: int, reason: str) -> None:
         """Note `count` lost frames from sequence `first` on."""

@@ -262,7 +262,7 @@ class RunWriter:
                 self._images,
                 self._tally,
                 report,
-                # What this process began alone, it has told all of.
+                # What this process began alone, it has reported completely.
                 unnamed_too=failed is None and self._resumes,
             )
         self._lock.release()
@@ -392,7 +392,7 @@ class RunWriter:
 class _OpenShards:
     """At most one open shard per column (p, c, z): frames that differ only in t.
 
-    `on_started` is told of an entry and its futures once its writes are started.
+    `on_started` gets an entry and its futures once its writes are started.
     """
 
     def __init__(

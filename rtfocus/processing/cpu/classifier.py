@@ -361,7 +361,7 @@ class FrameClassifier:
     def _normalise(self, padded: Image, plane: Image) -> tuple[Image, Ranges]:
         """Return the network's view of a padded plane, and the way back.
 
-        A range is read from the `plane` itself: its mirror images have no say.
+        A range is read from the `plane` alone, not from its mirror images.
         """
         rule = self._normalisation
         if not isinstance(rule, PercentileRange):

@@ -101,7 +101,7 @@ class JointRestorer(FrameRestorer):
 
 
 class TileNetworkRestorer(FrameRestorer):
-    """A restorer engine, told `conditions`, on the tiles of a frame that need it."""
+    """A restorer engine with `conditions`, on the tiles of a frame that need it."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class WholeImageRestorer(FrameRestorer):
 
 
 class TileRestorer(LevelRestorer):
-    """Richardson-Lucy on each tile by itself, blended by the montage weights.
+    """Richardson-Lucy on each tile alone, blended by the montage weights.
 
     Parameters
     ----------
@@ -265,7 +265,7 @@ class LearnedWienerRestorer(LevelRestorer):
     psfs
         PSF per level that is restored.
     conditions
-        What the network is told of tiles of each, axes (level, entry); None: nothing.
+        What the network gets beside tiles of each, axes (level, entry); None: nothing.
     tile_px
         Side of the tiles that the network sees, halo included.
     halo_px

@@ -335,7 +335,7 @@ class ChannelSlot:
     def restore(self, work: Work, labels: NDArray[np.int16] | None) -> None:
         """Enqueue the restoration of the levels that tiles have; None: of all.
 
-        Every piece is recorded by itself, so that those a frame does not need are
+        Every piece is recorded alone, so that those a frame does not need are
         left out.
         """
         slot, channel = self._buffers, self.channel

@@ -220,7 +220,7 @@ class FrameClassifier:
     def open_slot(self, memory: DeviceMemory) -> ClassifierSlot:
         """Reserve what one more frame in flight needs."""
         given = {}
-        # What a frame is told in a second pass is its own.
+        # Every frame has a condition of its own in a second pass.
         if self._condition is not None and not self.plan.looks_twice:
             given = {self._told: self._condition}
         network = BoundNetwork(memory, self.engine, self._shapes, given)
@@ -234,7 +234,7 @@ class FrameClassifier:
         signal: DeviceArray,
         maps: dict[str, DeviceArray],
     ) -> None:
-        """Enqueue signal -> maps of `MapLayout`, and what a second pass is told."""
+        """Enqueue signal -> maps of `MapLayout`, and the condition of a second pass."""
         if self.plan.looks_twice and self._condition is not None:
             work.copy(slot.network.buffers[self._told], self._condition)
         if self._cells is not None:
@@ -264,7 +264,7 @@ class FrameClassifier:
         slot.network.enqueue(work)
 
     def _tell(self, work: Work, slot: ClassifierSlot) -> None:
-        """Enqueue the level that the network found -> what it is told."""
+        """Enqueue the level that the network found -> its condition."""
         assert self.card.condition is not None
         work.launch(
             "tell_level",

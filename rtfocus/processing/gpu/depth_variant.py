@@ -223,7 +223,7 @@ class DepthVariantRestorer(FrameRestorer):
 
 
 class PatchRestorer(FrameRestorer):
-    """Richardson-Lucy on each tile by itself.
+    """Richardson-Lucy on each tile alone.
 
     Parameters
     ----------

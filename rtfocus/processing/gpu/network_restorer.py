@@ -220,7 +220,7 @@ class TileNetworkRestorer(FrameRestorer):
     shapes
         Of all that it is given at once.
     conditions
-        What the engine is told; None: nothing.
+        What the engine gets beside the pixels; None: nothing.
     """
 
     def __init__(
@@ -287,7 +287,7 @@ class LearnedWienerRestorer(FrameRestorer):
     transfers
         Of transforms that hold a tile.
     conditions
-        What the network is told of tiles of each level, axes (level, entry); None:
+        What the network gets beside tiles of each level, axes (level, entry); None:
         nothing.
     shapes
         Of all that the engine is given at once.

@@ -95,7 +95,7 @@ def why_unsupported(capability: Capability) -> str | None:
 
 
 def why_invalid(library: TensorRt, runtime: Any, plan: bytes) -> set[str]:
-    """Return why a runtime refuses a plan, as it names its reasons; none: not told."""
+    """Return why a runtime refuses a plan, as it names its reasons; none: unknown."""
     if not library.is_rtx:
         return set()
     _, validity = runtime.get_engine_validity(plan)
@@ -173,7 +173,7 @@ def make_logger(api: Any, name: str) -> Any:
     logger = logging.getLogger(f"rtfocus.{name}")
     severity = api.ILogger.Severity
     # An error of TensorRT reaches the user as our error, with a remedy: it is not
-    # told twice.
+    # reported twice.
     levels = {
         severity.INTERNAL_ERROR: logging.INFO,
         severity.ERROR: logging.INFO,
@@ -208,7 +208,7 @@ def make_monitor(api: Any, progress: Progress) -> Any:
     """
 
     class Monitor(api.IProgressMonitor):  # type: ignore[misc]
-        """Phases nest; each is told by itself."""
+        """Phases nest; each is reported on its own."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Plans: from the cache, or built once from the ONNX file, which the user is told.
+"""Plans: from the cache, or built once from the ONNX file, which is logged.
 
 They are built through the API that all releases share. Networks are strongly typed,
 so the weights file alone decides the arithmetic; int8 comes as Q/DQ nodes. No timing

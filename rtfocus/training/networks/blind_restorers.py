@@ -1,4 +1,4 @@
-"""Blind restorers: RRDB and multiscale, networks that are told nothing but a tile.
+"""Blind restorers: RRDB and multiscale, networks that see nothing but a tile.
 
 *RRDB*, a chain of residual-in-residual dense blocks as the EPFL cornea report uses it:
 one first convolution, the chain, upsampling by two, a convolution, a 2 x 2 max pool

@@ -13,7 +13,7 @@ resize and convolution. For many objectives, and safe on what is sharp already:
 
 rtfocus-2, for microscopes nobody has described, goes on from weights of the first:
 
-- *sampling may be hidden*: a flag says whether it is told. Where it is not, levels are
+- *sampling may be hidden*: a flag says whether it is given. Where it is not, levels are
   those of the reference optics that blur over as many pixels: all that an image tells.
 - *doubt*: how much is applied is learned from the restoration, beside the labels.
 - *no BatchNorm*: unlike kinds in a batch would spoil its statistics.
@@ -74,7 +74,7 @@ CONDITION = (
 """Entries of the condition vector, see the engine card."""
 FARTHEST = 10
 EVIDENCE = 128
-"""Channels that the labels are told from."""
+"""Channels that the labels are read from."""
 LABELS: tuple[int | str, ...] = (*range(-FARTHEST, FARTHEST + 1), "bg")
 """Label of every output: signed defocus levels, then background."""
 
@@ -190,9 +190,9 @@ class Rtfocus1Section(Section):
     label_weight: Annotated[float, Field(ge=0)] = 0.03
     """Weight of the labels' cross-entropy beside the restoration."""
     blind_share: Fraction = 0.6
-    """Share of patches whose optics the network is not told."""
+    """Share of patches whose optics the network does not get."""
     defocus_share: Fraction = 0.2
-    """Share of patches whose defocus the network is told."""
+    """Share of patches whose defocus the network gets."""
 
 
 class Rtfocus1Recipe(PairRecipe):
@@ -278,7 +278,7 @@ class Rtfocus1Task(PairTask[PairRecipe]):
     def told(
         self, optics: NDArray[np.generic], levels: Floats, rng: np.random.Generator
     ) -> tuple[Floats, Floats]:
-        """Choose what the network is told of patches, and what it is to answer.
+        """Choose what the network gets beside patches, and what it is to answer.
 
         `optics` are sampling and spherical aberration in waves, shape (N, 2), `levels`
         the defocus of every tile, (N, row, column), NaN: not known. `rng` decides what
@@ -416,7 +416,7 @@ class Rtfocus2Task(Rtfocus1Task):
     def told(
         self, optics: NDArray[np.generic], levels: Floats, rng: np.random.Generator
     ) -> tuple[Floats, Floats]:
-        """Choose what is told; levels of hidden optics are those of the reference."""
+        """Choose what is given; levels of hidden optics are those of the reference."""
         condition, levels = super().told(optics, levels, rng)
         hidden = rng.random(len(optics)) < self.settings.hidden_sampling_share
         flagged = np.column_stack([condition, np.ones(len(optics), np.float32)])

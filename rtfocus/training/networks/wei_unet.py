@@ -275,7 +275,7 @@ class WeiStageSection(Section):
     """Stage ``unet``: share of drawn patches guided by their true PSF instead of an
     estimate; 1: the kernel network needs no training before."""
     known_class_share: Fraction = 0.5
-    """Share of drawn patches whose defocus class the kernel network is told."""
+    """Share of drawn patches whose defocus class the kernel network gets."""
     bend: Annotated[float, Field(ge=0)] = 0.0
     """Error from which on the loss of the image is linear (Charbonnier); 0: mean
     squared error everywhere, as in the paper."""
@@ -332,7 +332,7 @@ class WeiUNetTask(RestorerTask[WeiUNetRecipe]):
         return PairBatches(self.recipe.model_copy(update={"pairs": pairs}))
 
     def batch(self, step: int, draw: int = 0) -> Arrays:
-        """Make pairs, what is told of their class, and whose true PSF is shown."""
+        """Make pairs, which classes are known, and whose true PSF is shown."""
         batch = self.source.batch(step, draw)
         rng = np.random.default_rng([self.recipe.seed, 8, step, draw])
         middle, flat = _defocus(batch["levels"])
