@@ -26,19 +26,28 @@ from rtfocus.autofocus.survey import SHARPER, Survey
 from rtfocus.frame import FocusReading
 
 # In depths of field.
-_ARRIVED, _ROUGH = 0.3, 1.5
-_LEAST_STEP, _MOST_STEP, _FAR_STEP, _BEYOND = 1.2, 5.0, 2.5, 2.0
-_BESIDE, _MOST_BESIDE, _STUCK, _ALIKE, _ALIKE_AT_END = 0.7, 4.0, 2.0, 0.9, 0.5
-# Probability that focus is within half a depth of field of a place: enough to end
-# there, and to go there.
-_SURE, _WORTH_A_MOVE = 0.85, 0.7
-# Of the spectra's energy: the optics do not explain the images, nor do calibrated ones,
-# or they explain them so well that they may contradict sharpness, which aberrations
-# move away from focus.
-_MOST_UNEXPLAINED, _MOST_CALIBRATED, _WELL_EXPLAINED = 0.06, 0.02, 0.01
-# Steps grow so much while images from far away get sharper.
-_GROWTH = 1.6
-_LEAST_PLACES, _ENOUGH, _MOST_RETURNS = 3, 5, 1
+_ARRIVED = 0.3  # from where focus should be
+_ROUGH = 1.5  # deviation of a belief; beyond it the next view is focus itself
+_LEAST_STEP = 1.2  # that shows a change
+_MOST_STEP = 5.0  # of the first step
+_FAR_STEP = 2.5  # where nothing but blur is seen
+_BEYOND = 2.0  # how far beyond focus a view tells most
+_BESIDE = 0.7  # that sharpness may peak from focus
+_MOST_BESIDE = 4.0  # the same where calibrated optics explain the images well
+_STUCK = 2.0  # over which images of a stage that moves must differ
+_ALIKE = 0.9  # over which images that look alike are doubted at the end
+_ALIKE_AT_END = 0.5  # the same for calibrated optics
+_SURE = 0.85  # of focus within half a depth of field: enough to end there
+_WORTH_A_MOVE = 0.7  # the same: enough to go there
+# Unexplained share of the spectra's energy.
+_MOST_UNEXPLAINED = 0.06  # beyond it the optics do not explain the images
+_MOST_CALIBRATED = 0.02  # the same of calibrated optics
+_WELL_EXPLAINED = 0.01  # below it they may contradict sharpness
+_GROWTH = 1.6  # of steps while images from far away get sharper
+# Numbers of images.
+_LEAST_PLACES = 3  # that differ, before calibrated optics end
+_ENOUGH = 5  # before it ends unsure, having seen both sides
+_MOST_RETURNS = 1  # to the sharpest place
 _IN_NOISE = (
     "the images change with z no more than by noise: there is too little to see here; "
     "a longer exposure or another region tells more"
