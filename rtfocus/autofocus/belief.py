@@ -23,14 +23,20 @@ _GRID = 0.7
 _LEAST_WEIGHT = 1e-3
 # An estimate may be an outlier with this probability: then nothing was learnt.
 OUTLIER = 0.03
-# Of `Drift`. Depths of field per square root of a second and of its cube: a drift that
-# wanders, and a place that wanders alone.
-_WANDER, _RATE_WANDER, _OWN_WANDER = 0.02, 0.0003, 0.003
+# Of `Drift`, in depths of field, and per square root of a second or of its cube.
+_WANDER = 0.02  # of the drift
+_RATE_WANDER = 0.0003  # of its rate
+_OWN_WANDER = 0.003  # of one place alone
 _FIRST_RATE = 0.1
-# How likely a course is wrong, and by how much, in depths of field and those a second.
-_LOST, _LOST_SD, _LOST_RATE = 0.02, 0.7, 0.01
-_LEAST_SD, _ODD, _ODD_RANGE = 0.12, 0.05, 6.0
-_MOST_COURSES, _SURE, _SAME_COURSE = 12, 0.8, 0.3
+_LOST = 0.02  # probability that a course is wrong
+_LOST_SD = 0.7  # by how much then
+_LOST_RATE = 0.01  # and how much its rate, a second
+_LEAST_SD = 0.12  # of an estimate
+_ODD = 0.05  # probability of an estimate that is an outlier
+_ODD_RANGE = 6.0  # over which outliers lie
+_MOST_COURSES = 12
+_SURE = 0.8  # weight of the best course that is enough
+_SAME_COURSE = 0.3  # distance of two courses that are one
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +302,7 @@ class Drift:
             How well it was found.
         """
         self._go_to(time_s)
-        self._courses = [one.begun(place, focus, sd**2) for one in self._courses]
+        self._courses = [course.begun(place, focus, sd**2) for course in self._courses]
         self._seen_s[place : place + 1] = [self._time_s]
 
     def see(self, place: int, time_s: float, modes: Sequence[Mode]) -> None:
@@ -304,19 +310,19 @@ class Drift:
         self._go_to(time_s)
         own = _OWN_WANDER**2 * (self._time_s - self._seen_s[place])
         self._seen_s[place] = self._time_s
-        before = [one.wandered(place, own) for one in self._courses]
+        before = [course.wandered(place, own) for course in self._courses]
         odd = _ODD / _ODD_RANGE
-        after = [replace(one, weight=one.weight * odd) for one in before]
-        before += [one.lost() for one in before]
+        after = [replace(course, weight=course.weight * odd) for course in before]
+        before += [course.lost() for course in before]
         wide = [replace(mode, sd_um=max(mode.sd_um, _LEAST_SD)) for mode in modes]
-        after += [one.seen(place, mode) for one in before for mode in wide]
+        after += [course.seen(place, mode) for course in before for mode in wide]
         self._courses = _likeliest(after)
 
     def _go_to(self, time_s: float) -> None:
         # An image that comes late is taken as if it were of now.
         step_s = max(time_s - self._time_s, 0.0)
         self._time_s += step_s
-        self._courses = [one.ahead(step_s) for one in self._courses]
+        self._courses = [course.ahead(step_s) for course in self._courses]
 
     @property
     def _best(self) -> _Course:
