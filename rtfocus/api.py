@@ -335,7 +335,7 @@ def fit_psf(
             msg = "kind 'pairs' needs images=(sharp, defocused) and defocus_um, not 0"
             raise ConfigError(msg)
         try:
-            sharp, defocused = (path_given(one, "images") for one in images)
+            sharp, defocused = (path_given(path, "images") for path in images)
         except ValueError as error:
             msg = f"images are {images!r}; kind 'pairs' needs (sharp, defocused)"
             raise ConfigError(msg) from error
@@ -408,7 +408,7 @@ def _tell_blind(engine: str | None) -> None:
 
 def _tell_below_offset(planes: Iterable[Image], settings: Config) -> None:
     offset = settings.camera.offset_counts
-    if told := [text for one in planes if (text := told_below(one, offset))]:
+    if told := [text for plane in planes if (text := told_below(plane, offset))]:
         _log.warning("%s: %s", number_of(len(told), "plane"), told[0])
 
 

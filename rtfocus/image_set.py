@@ -276,8 +276,8 @@ class ImageSet(Closing):
 
     def assumptions(self) -> list[str]:
         """Say, a line each, which optics do not come from the config."""
-        told = (one for plan in self._plans for one in plan)
-        lines = (one.assumed() for one in told if one.optics.source != "the config")
+        told = (line for plan in self._plans for line in plan)
+        lines = (line.assumed() for line in told if line.optics.source != "the config")
         return list(dict.fromkeys(lines))
 
     def made(self, number: int) -> dict[str, str]:

@@ -276,8 +276,8 @@ class Pipeline:
             If a worker failed; names the first one and keeps its exception.
         """
         threads = [
-            threading.Thread(target=self._guard, args=(w,), name=w.name)
-            for w in self._workers
+            threading.Thread(target=self._guard, args=(worker,), name=worker.name)
+            for worker in self._workers
         ]
         for thread in threads:
             thread.start()

@@ -383,6 +383,6 @@ class FocusActions(MDAEngine):
     def _load_sequenced_event(self, event: SequencedEvent) -> None:
         """Load a hardware sequence with the corrections in its z."""
         if event.z_sequence:
-            moved = tuple(self.z_um(one) for one in event.events)
+            moved = tuple(self.z_um(part) for part in event.events)
             event = event.model_copy(update={"z_sequence": moved})
         super()._load_sequenced_event(event)

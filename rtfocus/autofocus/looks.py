@@ -102,8 +102,8 @@ class Look:
 
     def change_from(self, other: "Look") -> float:
         """Return by how much the two differ, relatively."""
-        one, two = (np.asarray(look.reading.spectrum) for look in (self, other))
-        return change(one, two, max(self.reading.noise, other.reading.noise))
+        first, second = (np.asarray(look.reading.spectrum) for look in (self, other))
+        return change(first, second, max(self.reading.noise, other.reading.noise))
 
 
 def early_um(
@@ -132,7 +132,7 @@ def early_um(
 
 def spectra_of(looks: Sequence[Look]) -> tuple[Floats, Floats, Floats]:
     """Return z in um, spectra and noise, axes (plane,), (plane, ring), (plane,)."""
-    columns = ((one.z_um, one.reading.spectrum, one.reading.noise) for one in looks)
+    columns = ((look.z_um, look.reading.spectrum, look.reading.noise) for look in looks)
     z_um, spectra, noise = map(np.array, zip(*columns, strict=True))
     return z_um, spectra, noise
 
@@ -313,11 +313,11 @@ def _differ(one: Look, two: Look) -> bool:
 
 def _doubts(looks: Sequence[Look], comparison: PlaneComparison) -> tuple[float, float]:
     """Return how likely the stage arrives late, and the newest image came too early."""
-    looks = [one for one in looks if one.reading.spectrum]
-    if places_of((one.z_um for one in looks), comparison.unit_um) < _LEAST_PLACES:
+    looks = [look for look in looks if look.reading.spectrum]
+    if places_of((look.z_um for look in looks), comparison.unit_um) < _LEAST_PLACES:
         return 0.0, 0.0
     told_um, spectra, noise = spectra_of(looks)
-    ways_um = np.array([one.early_um for one in looks]).T - told_um
+    ways_um = np.array([look.early_um for look in looks]).T - told_um
     again = _again(told_um, comparison.unit_um)
     lags = range(1, min(int(again.max()) + 1, _MOST_LAG) + 1)
     tried = Tried(Scores(spectra, noise), allows_sharper=False)

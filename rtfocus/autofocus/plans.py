@@ -46,8 +46,8 @@ def focus_light(sequence: useq.MDASequence, wanted: str | None) -> useq.Channel 
     """Return the plan's channel whose images tell focus; None: not of the plan."""
     if wanted is None:
         return next(iter(sequence.channels), None)
-    channels = [one for level in levels(sequence) for one in level.channels]
-    return next((one for one in channels if one.config == wanted), None)
+    channels = [channel for level in levels(sequence) for channel in level.channels]
+    return next((channel for channel in channels if channel.config == wanted), None)
 
 
 def _sub_sequence(event: useq.MDAEvent) -> useq.MDASequence | None:

@@ -177,7 +177,7 @@ class Survey:
 
     def places(self) -> int:
         """Return the number of places, well apart, that were seen."""
-        return places_of([one.z_um for one in self.with_detail()], self.unit_um)
+        return places_of([look.z_um for look in self.with_detail()], self.unit_um)
 
     def does_peak_agree(self, most_unexplained: float, beside: float) -> bool:
         """Tell whether images are sharpest where focus is believed to be.

@@ -108,7 +108,7 @@ def _note_in_well(source: Path, target: Path) -> None:
         images = attributes.get("ome", attributes).get("well", {}).get("images")
         if not isinstance(images, list):
             return
-        if any(one.get("path") == target.name for one in images):
+        if any(image.get("path") == target.name for image in images):
             return
         like: dict[str, Any] = next(
             (o for o in images if o.get("path") == source.name), {}

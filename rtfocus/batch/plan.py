@@ -116,9 +116,9 @@ class BatchPlan(msgspec.Struct, frozen=True):
 def facts_of(series: ImageSeries) -> str:
     """Return a digest of all that is known of an image."""
     known = [
-        (one.name, getattr(series, one.name))
-        for one in fields(series)
-        if one.name != "read_plane"
+        (field.name, getattr(series, field.name))
+        for field in fields(series)
+        if field.name != "read_plane"
     ]
     return digest(repr(known))
 
@@ -374,18 +374,18 @@ class Ledger:
         known = {*_KINDS, "plan.json", "key", "parts", self.store.name, "rest.ome.zarr"}
         inside = list(self.folder.iterdir()) if self.folder.is_dir() else []
         foreign = [
-            one.name
-            for one in inside
+            path.name
+            for path in inside
             # What `files.whole` leaves of a killed process is hidden and of rtfocus.
-            if one.name not in known and not one.name.startswith(".rtfocus-")
+            if path.name not in known and not path.name.startswith(".rtfocus-")
         ]
         if foreign or (self.folder.exists() and not self.folder.is_dir()):
             fault = f"holds '{foreign[0]}'" if foreign else "is no folder"
             msg = f"'{self.folder}' {fault}; choose another output"
             raise OutputError(msg)
         # The plan first: what is left of the others then is of no batch.
-        for one in (self.folder / "plan.json", *inside):
-            files.remove(one)
+        for path in (self.folder / "plan.json", *inside):
+            files.remove(path)
 
     def _marked(self, kind: str) -> set[str]:
         try:

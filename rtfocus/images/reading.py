@@ -249,9 +249,9 @@ def find_images(path: Path) -> FoundImages:
 def companions(series: Iterable[ImageSeries]) -> list[Path]:
     """Return every file and folder that belongs to some images, Zarr parents too."""
     files: dict[Path, None] = {}
-    for one in series:
-        files |= dict.fromkeys((one.path, *one.files))
-        around = [folder for folder in one.path.absolute().parents if is_zarr(folder)]
+    for image in series:
+        files |= dict.fromkeys((image.path, *image.files))
+        around = [folder for folder in image.path.absolute().parents if is_zarr(folder)]
         files |= dict.fromkeys(around)
     return list(files)
 
@@ -266,7 +266,7 @@ def _read_ome_zarr(path: Path) -> list[ImageSeries]:
 def _read_raw(run: Path) -> list[ImageSeries]:
     """Open the raw images of a run folder."""
     if not os.path.isdir(run / _RAW):
-        there = ", ".join(sorted(one.name for one in run.glob("*.ome.zarr")))
+        there = ", ".join(sorted(path.name for path in run.glob("*.ome.zarr")))
         msg = f"run '{run}' has no raw images, '{_RAW}'; it has {there or 'none'}"
         raise InputError(msg)
     return _read_ome_zarr(run / _RAW)
@@ -355,7 +355,7 @@ def _read_all(candidates: list[_Candidate]) -> FoundImages:
     """Read the images; results only where there is nothing else."""
     results = [candidate.path for candidate in candidates if candidate.is_result]
     if len(results) < len(candidates):
-        candidates = [one for one in candidates if not one.is_result]
+        candidates = [image for image in candidates if not image.is_result]
     else:
         results = []
     series: list[ImageSeries] = []
@@ -371,7 +371,7 @@ def _read_all(candidates: list[_Candidate]) -> FoundImages:
             broken.append(BrokenImage(candidate.path, str(error)))
             images = error.readable if isinstance(error, IncompleteSetError) else []
         series += map(_with_note, images)
-        sets = (one.files for one in images if len(one.files) > 1)
+        sets = (image.files for image in images if len(image.files) > 1)
         taken |= {os.path.realpath(file) for files in sets for file in files}
     return FoundImages(series, tuple(broken), tuple(results))
 
@@ -392,7 +392,7 @@ def _search(folder: Path, visited: set[Path]) -> Iterator[_Candidate]:
         return
     visited.add(folder.resolve())
     try:
-        entries = [one for one in folder.iterdir() if not one.name.startswith(".")]
+        entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
         entries.sort(key=_natural)
     except OSError as error:
         yield _Candidate(

@@ -234,7 +234,7 @@ def _plate(layout: PlatePlace, wells: Sequence[tuple[int, int]]) -> v05.Plate:
 def _mark(path: Path, made: dict[str, str]) -> None:
     """Say in the root how all was made, and which groups and arrays there are."""
     documents = [*path.rglob("zarr.json"), *path.rglob(".zarray")]
-    nodes = [one.parent.relative_to(path).as_posix() for one in documents]
+    nodes = [document.parent.relative_to(path).as_posix() for document in documents]
     root = path / "zarr.json"
     content = json.loads(root.read_text("utf-8"))
     content["attributes"] |= zarr_attributes(made, nodes)

@@ -299,7 +299,7 @@ def _intervals_s(sequence: useq.MDASequence) -> tuple[float, ...]:
     plans = (level.time_plan for level in (sequence, *inner) if level is not None)
     phases = (phase for plan in plans for phase in getattr(plan, "phases", (plan,)))
     starts = (list(islice(phase or (), 2)) for phase in phases)
-    intervals = {round(one[1] - one[0], 6) for one in starts if len(one) > 1}
+    intervals = {round(times[1] - times[0], 6) for times in starts if len(times) > 1}
     return tuple(sorted(intervals))
 
 

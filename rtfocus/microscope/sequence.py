@@ -127,20 +127,20 @@ def _is_kind(step: int | str) -> bool:
 
 def _of_kinds_meant(errors: list[ErrorDetails]) -> list[ErrorDetails]:
     """Keep the faults of the kinds of plan that were meant: useq tries every kind."""
-    for depth in range(max((len(one["loc"]) for one in errors), default=0)):
+    for depth in range(max((len(error["loc"]) for error in errors), default=0)):
         tried: dict[Place, dict[str, list[ErrorDetails]]] = {}
-        for one in errors:
-            if len(one["loc"]) > depth and _is_kind(step := one["loc"][depth]):
-                kinds = tried.setdefault(one["loc"][:depth], {})
-                kinds.setdefault(str(step), []).append(one)
+        for error in errors:
+            if len(error["loc"]) > depth and _is_kind(step := error["loc"][depth]):
+                kinds = tried.setdefault(error["loc"][:depth], {})
+                kinds.setdefault(str(step), []).append(error)
         for place, kinds in tried.items():
             far = {name: _farness(name, kinds[name], depth) for name in kinds}
             nearest = min(far.values())
             others = {name for name in kinds if far[name] > nearest}
             errors = [
-                one
-                for one in errors
-                if one["loc"][:depth] != place or one["loc"][depth] not in others
+                error
+                for error in errors
+                if error["loc"][:depth] != place or error["loc"][depth] not in others
             ]
     return errors
 
@@ -148,9 +148,9 @@ def _of_kinds_meant(errors: list[ErrorDetails]) -> list[ErrorDetails]:
 def _farness(kind: str, faults: list[ErrorDetails], depth: int) -> tuple[int, int, int]:
     """Return how far a plan is from a kind, by what it lacks of it and has of it."""
     missing = [
-        one
-        for one in faults
-        if one["type"] == "missing" and len(one["loc"]) == depth + 2
+        fault
+        for fault in faults
+        if fault["type"] == "missing" and len(fault["loc"]) == depth + 2
     ]
     if not missing:
         return 0, 0, 0
@@ -221,8 +221,10 @@ def _number(sequence: useq.MDASequence, outer: dict[str, int], axes: str) -> int
     lengths = outer | {axis: own[axis] for axis in axes if own[axis]}
     number, positions = math.prod(lengths.values()), sequence.stage_positions
     return number * (not positions) + sum(
-        number if one.sequence is None else _number(one.sequence, lengths, axes)
-        for one in positions
+        number
+        if position.sequence is None
+        else _number(position.sequence, lengths, axes)
+        for position in positions
     )
 
 

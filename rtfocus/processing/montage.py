@@ -177,7 +177,7 @@ class Montage:
     @cached_property
     def spans(self) -> tuple[list[slice], ...]:
         """What the tiles that take part cover, per row and per column."""
-        return tuple([_extent(one[None]) for one in axis] for axis in self.axes)
+        return tuple([_extent(weights[None]) for weights in axis] for axis in self.axes)
 
     @property
     def whole(self) -> Region:

@@ -231,7 +231,7 @@ class PreviewPublisher:
     def take(self) -> list[list[Any]]:
         """Return the newest of every kind not sent yet, each header and arrays."""
         held = [self._estimates, *list(self._pictures.values())]
-        return [message for one in held if (message := one.take()) is not None]
+        return [message for picture in held if (message := picture.take()) is not None]
 
     def status(self) -> PreviewStatus:
         """Return how the processor is now."""
@@ -284,7 +284,7 @@ class PreviewPublisher:
     def dropped(self) -> int:
         """Offers that gave way to later ones, or came within `interval_s`."""
         held = (self._estimates, *list(self._pictures.values()))
-        return self._too_soon + sum(one.dropped for one in held)
+        return self._too_soon + sum(newest.dropped for newest in held)
 
     def close(self) -> None:
         """Close the socket."""
