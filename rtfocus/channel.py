@@ -72,7 +72,7 @@ class OpticalSystem:
     pixel_size_um: Annotated[float, Field(ge=1e-3, le=1e3)]
     """Pixel size in the specimen plane, binning included."""
     refractive_index: Annotated[float, Field(gt=0, le=5)] = 1.0
-    """Of the immersion medium: 1.0 air, 1.33 water, 1.518 oil."""
+    """Of the immersion: 1.0 air, 1.33 water, 1.518 oil."""
     psf_model: Literal["pupil", "born_wolf"] = "pupil"
     """``born_wolf``: He 2020 eq. 2, even in z. ``pupil``: exact phase, aberrations."""
     aberrations: Aberrations = field(default_factory=Aberrations)
@@ -149,7 +149,7 @@ class Channel:
     name: str
     """Preset name, e.g. ``DAPI``; ``default`` where there is only one."""
     optics: OpticalSystem | None = None
-    """None: unknown; frames are recorded but not restored."""
+    """null: unknown; frames are recorded but not restored."""
 
 
 def _refuse_impossible(given: Aberrations | OpticalSystem) -> None:

@@ -48,8 +48,8 @@ class RunConfig(Section):
     """Name and place of the run."""
 
     name: str = "run"
-    """The run folder is ``NAME.rtfocus``. A name that every system takes: at most
-    200 bytes, not ``con`` or its like, no dot or space at the end."""
+    """The run folder is ``NAME.rtfocus``. The name must be valid on every system: at
+    most 200 bytes, not ``con`` or the like, no dot or space at the end."""
     folder: Path = Path("runs")
     """Where run folders are made; ``~`` is the home folder."""
 
@@ -89,12 +89,12 @@ class RunConfig(Section):
 
 
 class ChannelConfig(Section):
-    """One channel: its light, and what it is processed with."""
+    """One channel: its optics, and how it is processed."""
 
     name: str = "default"
-    """Micro-Manager preset name; ``default`` covers channels not listed."""
+    """Name of the Micro-Manager preset; ``default`` is for channels not listed."""
     optics: OpticalSystem | None = None
-    """None: frames of this channel are recorded, not restored."""
+    """Its optics; null: its frames are recorded, not restored."""
     classifier: str | None = None
     """Overrides ``processing.classifier`` for this channel."""
     restoration: RestorationConfig | None = None
@@ -115,63 +115,63 @@ Region = tuple[NonNegativeInt, NonNegativeInt, PositiveInt, PositiveInt]
 
 
 class AutofocusConfig(Section):
-    """Focus found and held by the images themselves."""
+    """Focus found and held with the images themselves."""
 
     mode: Annotated[Literal["off", "hold"], BeforeValidator(_off_of_yaml)] = "off"
-    """``hold``: keep every position in focus while a plan runs. An
-    ``autofocus_plan`` of device ``rtfocus`` in the plan is answered in both."""
+    """``hold``: keep every position in focus while a plan runs. Both modes carry out
+    an ``autofocus_plan`` of device ``rtfocus``."""
     search: str = "rtfocus"
-    """What finds focus on demand: ``rtfocus``, or the name under which an installed
-    package brings another (entry point in group ``rtfocus.autofocus``)."""
+    """What searches for focus: ``rtfocus``, or the name of a search that an installed
+    package brings (entry point in group ``rtfocus.autofocus``)."""
     actuator: Literal["stage", "offset"] = "stage"
     """``offset``: a hardware focus device (PFS, CRISP) holds focus, and its offset is
-    moved in place of the z-stage; all z below are then those of the offset."""
+    moved instead of the z-stage; all z below are then those of the offset."""
     offset_device: str | None = None
-    """Stage device whose position is that offset; None: the core's autofocus offset."""
+    """Stage device that is the offset; null: Micro-Manager's autofocus offset."""
     offset_um_per_unit: float = 1.0
-    """What one unit of the offset moves the plane of focus by, in um."""
+    """How far one unit of the offset moves the plane of focus, in um."""
     low_um: float | None = None
-    """Lowest stage z autofocus may ever go to; None: `reach_um` below the start."""
+    """Lowest z that autofocus may ever go to; null: `reach_um` below the start."""
     high_um: float | None = None
-    """Highest stage z; None: `reach_um` above the start."""
+    """Highest z; null: `reach_um` above the start."""
     reach_um: PositiveFloat = 30.0
-    """Farthest from where the stage stood at the start, whatever the limits say."""
+    """Farthest from the z at the start, whatever the limits say."""
     most_um: PositiveFloat = 15.0
     """Longest step of a search; the way back to the best z may be longer."""
     deadband: Annotated[float, Field(ge=0, le=1)] = 0.15
     """Smallest correction worth a move, in depths of field (n lambda / NA^2)."""
     direction: Literal["auto", "toward", "away", "unknown"] = "auto"
-    """What larger z does to the plane of focus: ``toward`` the specimen or ``away``
+    """Where larger z moves the plane of focus: ``toward`` the specimen or ``away``
     from it; ``auto``: as set in Micro-Manager's hardware wizard."""
     safe_side: Literal["auto", "down", "up"] = "auto"
-    """Where the objective cannot touch the specimen; ``auto``: away from it."""
+    """Side where the objective cannot touch the specimen; ``auto``: away from it."""
     approach: Literal["either", "up", "down"] = "either"
     """Direction of every last move of a search, against backlash; ``either``: up,
     unless `backlash_um` says that there is none."""
     backlash_um: NonNegativeFloat = 0.0
-    """How far to overshoot in order to arrive in the direction of `approach`; 0: half
-    as far again as the calibration measured. Not given, and no calibration that can be
-    trusted: a depth of field."""
+    """How far to overshoot, so as to arrive in the direction of `approach`. 0: 1.5
+    times what the calibration measured. Not given, and without a calibration that can
+    be trusted: a depth of field."""
     calibration: Path | None = None
-    """File of ``rtfocus calibrate``; None: answers are checked by one more image."""
+    """File of ``rtfocus calibrate``; null: a search takes one more image to be sure."""
     focus_channel: str | None = None
-    """Channel whose images tell focus; None: on demand the present one, held: the
+    """Channel whose images show focus; null: a search uses the present one, hold the
     first of the plan."""
     channel_offsets_um: dict[str, float] = {}
     """Focus of a channel minus that of the focus channel."""
     region: Region | None = None
-    """x, y, width, height in pixels of what shall be in focus; None: the frame."""
+    """x, y, width, height in pixels of what shall be in focus; null: all."""
     most_images: Annotated[int, Field(ge=2)] = 12
-    """Images one search may take."""
+    """Most images that one search may take."""
     max_retries: Annotated[int, Field(ge=1)] | None = None
-    """Searches at one place before it counts as not found; None: as the event says,
+    """Searches at one place before focus counts as not found; null: as the event says,
     3 in an ``autofocus_plan``."""
     timeout_s: PositiveFloat = 60.0
-    """A search without progress for so long ends."""
+    """A search ends after this time without progress."""
     request_timeout_s: PositiveFloat = 10.0
     """Longest wait for the estimate of one image."""
     on_failure: Literal["continue", "skip"] = "continue"
-    """After a search that failed: acquire the position as it is, or skip its events."""
+    """After a failed search: acquire the position as it is, or skip its events."""
 
     @model_validator(mode="after")
     def _one_holds(self) -> "AutofocusConfig":
@@ -219,7 +219,7 @@ class Config(Section):
 
     @property
     def file(self) -> Path | None:
-        """Where it was read from, absolute; None: it was made by a program."""
+        """Where it was read from, absolute; null: it was made by a program."""
         return self._file
 
     def read_from(self, path: Path) -> "Config":

@@ -87,13 +87,13 @@ class SpecimenConfig(Section):
     """What the virtual microscope looks at."""
 
     kind: Literal["nuclei", "filaments", "tissue", "beads", "image", "stack"] = "nuclei"
-    """Procedural specimen, any sharp ``image``, or a recorded z-``stack``."""
+    """A drawn specimen, any sharp ``image``, or a recorded z-``stack``."""
     path: Path | None = None
     """Image or stack file; required by kinds ``image`` and ``stack``."""
     z_step_um: PositiveFloat = 1.0
-    """Distance of the planes of a recorded stack."""
+    """Distance between the planes of a recorded stack."""
     seed: NonNegativeInt = 1
-    """Of the procedural specimen."""
+    """Another number draws another specimen."""
 
     @model_validator(mode="after")
     def _path_given(self) -> "SpecimenConfig":
@@ -113,7 +113,7 @@ class SurfaceConfig(Section):
     tilt_y_um: float = 0.0
     """Rise from the upper to the lower edge of the field."""
     bow_um: float = 0.0
-    """Height of the middle over the corners: a curved coverslip."""
+    """How far the middle lies above the corners: a curved coverslip."""
     drift_um_per_min: float = 0.0
     """Speed at which the surface moves away from the objective."""
     drift_from_s: NonNegativeFloat = 0.0
@@ -124,16 +124,16 @@ class ZStageConfig(Section):
     """Faults of the z-stage: what autofocus has to live with."""
 
     backlash_um: NonNegativeFloat = 0.0
-    """Way that is lost where the stage turns; arriving upwards is exact."""
+    """Distance lost when the stage turns; arriving upwards is exact."""
     reversed: bool = False
-    """The stage runs against what it tells Micro-Manager: up is away."""
+    """The stage runs opposite to what Micro-Manager was told: up is away."""
 
 
 class VirtualMicroscopeConfig(Section):
     """Camera, z-stage and xy-stage that image a specimen through a PSF."""
 
     source: Literal["virtual"] = "virtual"
-    """Which microscope: this one."""
+    """Chooses this microscope."""
     height_px: Px = 512
     """Rows of a frame."""
     width_px: Px = 512
@@ -146,7 +146,7 @@ class VirtualMicroscopeConfig(Section):
     surface: SurfaceConfig = SurfaceConfig()
     z_stage: ZStageConfig = ZStageConfig()
     optics: OpticalSystem | None = None
-    """True optics of this microscope; default: the channel's. Surfaces count from where
+    """True optics of this microscope; null: the channel's. Heights count from where
     their Strehl ratio is largest."""
     photons: PositiveFloat = 2000.0
     """Expected photons per pixel and 10 ms where the specimen is brightest."""
@@ -161,20 +161,20 @@ class VirtualMicroscopeConfig(Section):
     noise: Literal["poisson", "pool", "none"] = "poisson"
     """``poisson``: exact; ``pool``: pre-drawn, fast, for rate tests; ``none``."""
     frames_per_s: PositiveFloat | None = None
-    """Highest frame rate; None: as fast as exposure and computing allow."""
+    """Highest frame rate; null: as fast as exposure and computer allow."""
     seed: NonNegativeInt = 1
-    """Of the noise."""
+    """Another number draws other noise."""
 
 
 class DemoCameraConfig(Section):
     """Micro-Manager's own DemoCamera with its demo configuration."""
 
     source: Literal["democamera"] = "democamera"
-    """Which microscope: this one."""
+    """Chooses this microscope."""
     adapter_path: Path | None = None
-    """Folder of the device adapters; None: those of package mm-test-adapters."""
+    """Folder of the device adapters; null: those of package mm-test-adapters."""
     config_file: Path | None = None
-    """Micro-Manager ``.cfg``; None: the demo's, ``MMConfig_demo.cfg``."""
+    """Micro-Manager ``.cfg``; null: the demo's, ``MMConfig_demo.cfg``."""
     properties: dict[str, dict[str, str | int | float]] = {}
     """Device properties to set after loading: {device: {property: value}}."""
     pixel_size_um: PositiveFloat | None = None
@@ -185,7 +185,7 @@ class MicroManagerConfig(Section):
     """Your own microscope through its Micro-Manager configuration."""
 
     source: Literal["micromanager"]
-    """Which microscope: this one."""
+    """Chooses this microscope."""
     config_file: Path
     """Your Micro-Manager ``.cfg``."""
     adapter_paths: list[Path] = []
@@ -195,18 +195,18 @@ class MicroManagerConfig(Section):
     pixel_size_um: PositiveFloat | None = None
     """Overrides the pixel size of the core, which is 0 when uncalibrated."""
     sequence_buffer_mb: PositiveInt | None = None
-    """Size of Micro-Manager's circular buffer; None: leave as it is."""
+    """Size of Micro-Manager's circular buffer; null: leave it as it is."""
 
 
 class ReplayConfig(Section):
     """Recorded images, sent as if they were being acquired."""
 
     source: Literal["replay"]
-    """Which microscope: this one."""
+    """Chooses this microscope."""
     path: Path
-    """TIFF, OME-TIFF, PNG, OME-Zarr or a folder of images in name order."""
+    """TIFF, OME-TIFF, PNG, OME-Zarr, or a folder of images, sent by name."""
     frames_per_s: PositiveFloat | None = None
-    """Rate; None: as fast as the processor takes them."""
+    """Frame rate; null: as fast as the processor takes them."""
     repeats: PositiveInt = 1
     """How often to play the recording."""
     pixel_size_um: PositiveFloat | None = None
@@ -223,18 +223,18 @@ class LiveConfig(Section):
     """Free-running acquisition without a plan."""
 
     frames: PositiveInt | None = None
-    """Stop after so many; None: until Ctrl-C."""
+    """Stop after this many; null: at Ctrl-C."""
     exposure_ms: PositiveFloat | None = None
-    """None: as the camera is set."""
+    """Exposure time; null: as the camera is set."""
 
 
 class AcquisitionConfig(Section):
-    """What to acquire: a useq plan or live mode; replay needs neither."""
+    """What to acquire: a useq plan, or free-running; a replay needs neither."""
 
     mda: dict[str, Any] | Path | None = None
     """useq ``MDASequence``: written here, or the path of a useq YAML/JSON file."""
     live: LiveConfig | None = None
-    """Free-running mode instead of a plan."""
+    """Free-running camera instead of a plan."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "AcquisitionConfig":
@@ -250,12 +250,12 @@ class CameraConfig(Section):
     offset_counts: NonNegativeFloat = 0.0
     """Counts in the dark; subtracted before anything else."""
     gain_e_per_count: PositiveFloat | None = None
-    """Photo-electrons per count: tells Wiener the photon noise; None: it reads the
-    noise from each frame alone."""
+    """Photo-electrons per count. Wiener finds the photon noise with it; null: it
+    reads the noise from each frame alone."""
     flat_field: Path | None = None
-    """Image of an even field; frames are divided by it (mean 1 after scaling)."""
+    """Image of an evenly lit field. Frames are divided by it, scaled to mean 1."""
     saturation_counts: PositiveFloat | None = None
-    """At or above it a pixel is saturated; None: full scale of the bit depth."""
+    """From here on a pixel is saturated; null: full scale of the bit depth."""
 
 
 class RestorationConfig(Section):
@@ -266,15 +266,15 @@ class RestorationConfig(Section):
     ``richardson_lucy_tiles`` (patch by patch, as published), ``richardson_lucy_blind``
     (finds the kernel too), ``none``, or the name of a restorer or joint engine."""
     iterations: PositiveInt | None = None
-    """Richardson-Lucy only; None: 15, accelerated 4, rounds of the blind one 8."""
+    """Richardson-Lucy only; null: 15, accelerated 4, blind 8 rounds."""
     noise_to_signal: PositiveFloat | None = None
-    """Wiener only: ratio of noise to signal power; None: estimated per frame."""
+    """Wiener only: noise power by signal power; null: estimated per frame."""
     window: Literal["triangular", "rectangular"] = "triangular"
-    """Montage weights (He 2020); ``rectangular`` shows seams, for comparison."""
+    """How tiles are blended (He 2020); ``rectangular`` shows seams, to compare."""
     halo_px: NonNegativeInt | None = None
-    """Context per side; None: radius of 99 % of the PSF's energy, in tiles 13."""
+    """Pixels around a tile; null: radius of 99 % of the PSF's energy, in tiles 13."""
     orientations: Literal[1, 2, 4, 8] = 1
-    """Networks, images from files: the mean of so many, turned and mirrored."""
+    """Networks, on files: mean of this many turned and mirrored copies."""
 
 
 def _listed(value: object) -> object:
@@ -290,7 +290,7 @@ def _distinct(numbers: list[int]) -> list[int]:
 
 
 class GpuConfig(Section):
-    """How GPUs are used, where `ProcessingConfig.device` takes them."""
+    """How GPUs are used, if `ProcessingConfig.device` takes them."""
 
     index: Annotated[
         list[NonNegativeInt],
@@ -298,87 +298,87 @@ class GpuConfig(Section):
         AfterValidator(_distinct),
         Field(min_length=1),
     ] = [0]
-    """Which GPU, in the driver's list; several, e.g. ``[0, 1]``, share the frames."""
+    """Which GPU of the driver's list; several, as ``[0, 1]``, share the frames."""
     backend: Literal["auto", "tensorrt", "tensorrt_rtx", "torch-cuda"] = "auto"
-    """Runtime of networks; ``auto``: first available, in this order."""
+    """What runs networks; ``auto``: the first available, in this order."""
     precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
-    """Weights file that runs; ``auto``: fp16 where an engine has it, else fp32."""
+    """Weights file; ``auto``: fp16 if an engine has it, else fp32."""
     tf32: bool = True
-    """False: fp32 networks keep all 23 bits, slower; for comparisons."""
+    """false: fp32 networks keep all 23 bits; slower, for comparisons."""
     frames_in_flight: Annotated[int, Field(ge=1)] = 4
     """Frames in a GPU's memory at once: 3 or more overlap copies and compute."""
     on_lack_of_memory: Literal["fewer_frames", "error"] = "fewer_frames"
     """``fewer_frames``: start with fewer frames in flight and say so."""
     tiles_per_batch: Annotated[int, Field(ge=1)] | None = None
-    """Most tiles that a restorer's network sees at once; None: as many as the card's
-    memory allows, or the frame as one tile. Fewer take less memory."""
+    """Most tiles a restorer's network sees at once; fewer take less memory. null: as
+    many as the card's memory allows, or the frame as one tile."""
     cuda_graphs: bool = True
-    """Replay the steady state from a recording: less work for the CPU."""
+    """Replay recorded GPU work: less work for the CPU."""
 
 
 class ProcessingConfig(Section):
     """Engines and how they run."""
 
     classifier: str | None = "delpnet"
-    """Engine that estimates defocus; None: nobody does, and only a restorer that needs
-    none restores. A joint engine that is the restoration method too estimates and
-    restores in one pass."""
+    """Engine that finds the defocus; null: none does, and only a restorer that needs
+    no defocus restores. A joint engine that is also the restoration method does both
+    in one pass."""
     restoration: RestorationConfig = RestorationConfig()
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """``gpu``: an error where there is none; ``auto``: the best there is."""
+    """``gpu``: an error if there is none; ``auto``: the GPU if it can, else the CPU."""
     backend: Literal["auto", "openvino", "onnxruntime"] = "auto"
-    """CPU runtime of networks; ``auto``: first available, in this order."""
+    """What runs networks on the CPU; ``auto``: the first available, in this order."""
     precision: Literal["auto", "f32", "bf16", "fp16", "int8"] = "auto"
-    """``f32``, ``bf16``: what the CPU computes in; ``fp16``, ``int8``: the weights
-    file of that name of every engine that has it; ``auto``: the fastest of f32, bf16
-    and int8 by measurement at the first start, int8 only where it is exact."""
+    """``f32``, ``bf16``: what the CPU computes in. ``fp16``, ``int8``: the weights
+    file of that name, of engines that have it. ``auto``: the fastest of f32, bf16 and
+    int8, measured at the first start; int8 only if it is exact."""
     threads: Annotated[int, Field(gt=0, le=1024)] | None = None
-    """Threads for networks and FFTs; None: one per core."""
+    """Threads for networks and FFTs; null: one per core."""
     engine_folders: list[Path] = []
-    """Further folders with engines, searched before the shipped ones."""
+    """More folders with engines, searched before the shipped ones."""
     gpu: GpuConfig = GpuConfig()
     ignore_optics: bool = False
     """Run an engine outside the optics it was trained for."""
     blind: bool = False
-    """Do not tell engines a channel's optics: neither aberrations nor, if they can do
-    without, the sampling. Depths in um are computed with them all the same."""
+    """Do not tell engines a channel's optics: no aberrations and, if they can do
+    without, no sampling. Depths in um are still computed with them."""
 
 
 class PreviewConfig(Section):
     """Newest frames and metrics for viewers; never slows the recording."""
 
     endpoint: str | None = "tcp://127.0.0.1:5573"
-    """Where the processor publishes; None: nowhere."""
+    """Where the processor publishes; null: nowhere."""
     max_side_px: PositiveInt = 1024
-    """Preview frames are reduced to at most this side."""
+    """Longest side of a preview frame; larger frames are reduced."""
     interval_s: PositiveFloat = 0.2
     """Shortest time between two preview frames of a channel."""
     control: str | None = None
-    """Where viewers may ask for autofocus, holding focus and a stop; None: nowhere.
-    Whoever reaches the preview reaches it: it is nobody's until it is wanted."""
+    """Where viewers may ask for autofocus, hold and stop; null: nowhere. Whoever
+    reaches the preview can reach it, so it is off unless you set it."""
 
 
 class TransportConfig(Section):
     """Sockets between the microscope side and the processor."""
 
     frames: str = "tcp://127.0.0.1:5571"
-    """Frames: bound by the microscope side, connected to by the processor."""
+    """Address for frames; the microscope side binds it, the processor connects."""
     control: str = "tcp://127.0.0.1:5572"
-    """Credit, receipts, estimates, requests: bound by the microscope side."""
+    """Address for credit, receipts, estimates and requests; bound likewise."""
     pairing: Annotated[str, Field(min_length=1, max_length=500)] | None = None
-    """Word both sides must share; None: it follows from the config file and the user
-    (beyond loopback: from ``run.name``). Guards against mix-ups, not attackers."""
+    """Word that both sides must share; null: made of config file and user (beyond
+    this computer: of ``run.name``). Guards against mix-ups, not attackers."""
     preview: PreviewConfig = PreviewConfig()
     slots: Annotated[int, Field(ge=2)] = 32
-    """Frames held per side; the microscope keeps each until it is durable."""
+    """Frames held per side; the microscope side keeps each until it is durable."""
     memory_mb: PositiveFloat = 2048
-    """Most memory for the slots of one side; fewer slots if they are large."""
+    """Most memory for the slots of a side; large frames get fewer slots."""
     stall_timeout_s: PositiveFloat = 10.0
     """A stall longer than this follows `on_stall`."""
     on_stall: Literal["wait", "raw_only", "abort"] = "wait"
     """``wait``; ``raw_only``: keep writing raw, restore later; ``abort``."""
     heartbeat_s: PositiveFloat = 0.5
-    """Interval of heartbeats; a peer silent for 6 of them is lost."""
+    """Time between heartbeats; a side that is silent for 6 of them is lost."""
     connect_timeout_s: PositiveFloat = 30.0
     """How long either side waits for the other at the start."""
     shared_memory: Literal["auto", "off"] = "auto"
@@ -386,9 +386,9 @@ class TransportConfig(Section):
     max_frame_mb: PositiveFloat = 256
     """Larger messages are refused and disconnect their sender."""
     curve_keys: Path | None = None
-    """Folder with CURVE certificates; required off loopback (slow: encrypts)."""
+    """Folder of ``rtfocus keys``; needed beyond this computer. Encrypts, so slower."""
     insecure: bool = False
-    """Allow to bind beyond loopback without CURVE."""
+    """Allow addresses beyond this computer without CURVE keys."""
 
 
 class StoreConfig(Section):
@@ -399,30 +399,30 @@ class StoreConfig(Section):
     restored: bool = True
     """Write ``restored.ome.zarr``."""
     restored_dtype: Literal["camera", "float32"] = "camera"
-    """``camera``: clipped and rounded to the camera's dtype."""
+    """``camera``: clipped and rounded to the camera's pixel type."""
     chunk_px: PositiveInt = 512
     """Side of the inner chunks."""
     shard_frames: PositiveInt = 1
-    """Frames (along t) per shard; durability advances per shard."""
+    """Frames (along t) per shard; frames become durable shard by shard."""
     codec: Literal["zstd", "blosc-zstd", "blosc-lz4", "none"] = "blosc-lz4"
     """Compression of the chunks."""
     codec_level: Annotated[int, Field(ge=0, le=22)] = 1
     """Compression level."""
     fsync: bool = False
-    """Flush every frame to the disk itself: survives a power loss, slower."""
+    """Flush every frame to the disk itself: survives a power cut, but slower."""
     outstanding: PositiveInt = 8
     """Frames being written at once."""
     min_free_mb: NonNegativeFloat = 500
     """The run ends cleanly when less than this is left on the disk."""
     overwrite: bool = False
-    """Replace a finished run folder of the same name, unless it holds anything more."""
+    """Replace a finished run folder of this name, unless it holds anything else."""
 
 
 AlarmKind = Literal["focus", "disk", "frames", "end"]
 
 
 class AlarmConfig(Section):
-    """Who hears of lost focus, a disk that fills up, lost frames and the end.
+    """Who is called if focus or frames are lost, the disk fills up, or a run ends.
 
     A line says it in any case. What cannot be delivered is counted in the report and
     never hurts the run.
@@ -433,17 +433,17 @@ class AlarmConfig(Section):
     webhook: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
     """URL that gets a JSON message by POST, its ``text`` for people."""
     command: Annotated[list[str], Field(min_length=1)] | None = None
-    """Program and arguments, run without a shell: the message as JSON on its standard
-    input, and as ``RTFOCUS_ALARM_TEXT``, ``..._KIND`` and ``..._RUN`` in its
+    """Program and its arguments, run without a shell. It gets the message as JSON on
+    standard input, and as ``RTFOCUS_ALARM_TEXT``, ``..._KIND`` and ``..._RUN`` in its
     environment."""
     sound: bool = False
     """Ring the terminal's bell."""
     focus_lost_um: PositiveFloat | None = None
-    """Distance beyond which focus counts as lost; None: three depths of field."""
+    """Distance beyond which focus is lost; null: three depths of field."""
     focus_lost_s: NonNegativeFloat = 10.0
-    """How long every frame must lie beyond it."""
+    """How long every frame must be beyond it."""
     disk_full_min: NonNegativeFloat = 10.0
-    """Told when the disk is full in less than this, and before the plan ends."""
+    """Alarm if the disk will be full in less than this, before the plan ends."""
     interval_s: NonNegativeFloat = 300.0
     """Shortest time between two alarms of one kind."""
     timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0
