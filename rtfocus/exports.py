@@ -139,7 +139,7 @@ class RunExport:
                     like=image,
                     dtype=image.dtype,
                     planes=self._planes(kind, image, lacking, on_plane),
-                    made=self._made(kind, lacking),
+                    made=self._provenance(kind, lacking),
                     taken=self._journal.taken(kind, number % positions, image),
                 )
             )
@@ -165,10 +165,10 @@ class RunExport:
         nothing = np.full(image.shape, self._specs[kind].fill_value, image.dtype)
         empty = set(itertools.chain.from_iterable(lacking.values()))
         for index in image.indices():
-            yield nothing if _named(index) in empty else image.read(**index)
+            yield nothing if _place_text(index) in empty else image.read(**index)
             on_plane()
 
-    def _made(self, kind: Kind, lacking: dict[str, list[str]]) -> dict[str, str]:
+    def _provenance(self, kind: Kind, lacking: dict[str, list[str]]) -> dict[str, str]:
         told = {
             "command": "export",
             "run": self._run.folder.name,
@@ -261,7 +261,9 @@ def _series(run: Run, spec: ImageSpec) -> list[ImageSeries]:
     first = next((known for known in optics if known is not None), None)
     named = []
     origin_um = spec.origin_um
-    for position, image in zip(series.positions, _found(run, spec), strict=True):
+    for position, image in zip(
+        series.positions, _images_by_position(run, spec), strict=True
+    ):
         stage = StagePosition(x_um=position.x_um, y_um=position.y_um)
         repeated = image.sizes["c"] // len(optics)
         waves = [None if known is None else known.wavelength_nm for known in optics]
@@ -289,7 +291,7 @@ def _series(run: Run, spec: ImageSpec) -> list[ImageSeries]:
     return named
 
 
-def _found(run: Run, spec: ImageSpec) -> list[ImageSeries]:
+def _images_by_position(run: Run, spec: ImageSpec) -> list[ImageSeries]:
     """Return the images by index p; maps inside the defocus lie at its wells."""
     outer = _by_position(run, read_ome_zarr(store_path(run.folder, spec.name)))
     if spec.name not in INNER:
@@ -329,7 +331,7 @@ def _by_position(run: Run, found: list[ImageSeries]) -> list[ImageSeries]:
     ]
 
 
-def _named(index: dict[str, int]) -> str:
+def _place_text(index: dict[str, int]) -> str:
     return f"t={index['t']} c={index['c']} z={index['z']}"
 
 
@@ -374,7 +376,7 @@ class _Journal:
             elif (index["t"], self._channel(kind, index), index["z"]) not in there:
                 why = _GONE
             if why is not None:
-                missing.setdefault(why, []).append(_named(index))
+                missing.setdefault(why, []).append(_place_text(index))
         return missing
 
     def _with_files(self, kind: Kind, position: int) -> set[tuple[int, int, int]]:

@@ -110,7 +110,7 @@ def replace(part: Path, target: Path, patience: Patience = PATIENCE) -> None:
         patience.insist(lambda: os.replace(part, target), failure)
         return
     # No system swaps a folder for another in one step.
-    old = _beside(target, "old")
+    old = _hidden_name(target, "old")
     patience.insist(lambda: target.rename(old), failure)
     try:
         patience.insist(lambda: part.rename(target), failure)
@@ -135,7 +135,7 @@ def remove(path: Path, patience: Patience = PATIENCE) -> None:
     if not _is_folder(path):
         patience.insist(lambda: path.unlink(missing_ok=True), failure)
         return
-    gone = _beside(path, "gone")
+    gone = _hidden_name(path, "gone")
     patience.insist(lambda: path.rename(gone), failure)
     _clear(gone, patience)
 
@@ -204,7 +204,7 @@ def whole(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         write; the message names the target.
     """
     new_folders = _make_folders(target.parent)
-    part = _beside(target, "part")
+    part = _hidden_name(target, "part")
     try:
         recover(target)
         _refuse_existing(target, overwrite)
@@ -275,7 +275,7 @@ def try_writing(folder: Path) -> None:
 
     On Windows `tempfile` would try name after name, for hours, where it may not write.
     """
-    path = _beside(folder / "try", "part")
+    path = _hidden_name(folder / "try", "part")
     path.open("xb").close()
     remove(path)
 
@@ -355,7 +355,7 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def _beside(target: Path, kind: str) -> Path:
+def _hidden_name(target: Path, kind: str) -> Path:
     """Return a free hidden name beside `target` that tells whose it is."""
     unique = uuid4().hex[:8]
     name = f".rtfocus-{_tag(target)}-{_host()}-{os.getpid()}-{unique}.{kind}"

@@ -141,7 +141,7 @@ class HeldPlace:
         self._focuser.tell(f"focus is {why}")
         stood_um = self._stage.position_um()
         begun_s = time.monotonic()
-        found = self._found()
+        found = self._focused_verdict()
         ended_s = time_s + time.monotonic() - begun_s
         self.begin(found, ended_s)
         if found is not None:
@@ -154,7 +154,7 @@ class HeldPlace:
         then = next_in if self._searches < MOST_SEARCHES else "not searched any more"
         self._focuser.tell(f"focus is not held until images show it; {then}")
 
-    def _found(self) -> Verdict | None:
+    def _focused_verdict(self) -> Verdict | None:
         try:
             verdict = self._search()
         except TransportError as error:  # a processor that lags ends no run

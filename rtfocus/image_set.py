@@ -396,7 +396,7 @@ class ImageSet(Closing):
         for index, pixels in _planes(image):
             processor, name = self._processor(number, index["c"])
             process = processor.restore if restore else processor.classify
-            with _named(image):
+            with _naming_file(image):
                 result = process(pixels, channel=name, of_stack=True)
             if number not in self._below and (told := told_below(pixels, offset)):
                 self._below[number] = f"'{image.path}': {told}"
@@ -422,7 +422,7 @@ def _planes(image: ImageSeries) -> Iterator[tuple[dict[str, int], NDArray[np.gen
 
 
 @contextmanager
-def _named(image: ImageSeries) -> Iterator[None]:
+def _naming_file(image: ImageSeries) -> Iterator[None]:
     """Name the file of an image whose pixels are refused."""
     try:
         yield

@@ -222,15 +222,15 @@ def preflight(config: Config) -> Iterator[Check]:
         images = "until it is stopped" if series.planned is None else series.planned
         yield Check("plan", f"{images} images of {series_in_words(series)}")
     yield from _channels(config, series)
-    yield _asked("device", partial(_device, config))
+    yield _check("device", partial(_device, config))
     if config.autofocus.search != "rtfocus":
-        yield _asked("autofocus", partial(_search, config.autofocus.search))
+        yield _check("autofocus", partial(_search, config.autofocus.search))
     if config.autofocus.calibration is not None:
-        yield _asked("autofocus", partial(_calibration, config.autofocus.calibration))
-    yield _asked("disk", partial(_disk, config, series))
+        yield _check("autofocus", partial(_calibration, config.autofocus.calibration))
+    yield _check("disk", partial(_disk, config, series))
 
 
-def _asked(topic: str, ask: Callable[[], str]) -> Check:
+def _check(topic: str, ask: Callable[[], str]) -> Check:
     try:
         return Check(topic, ask())
     except RtfocusError as error:
@@ -242,10 +242,10 @@ def _channels(config: Config, series: SeriesStart | None) -> Iterator[Check]:
         # Which channels come is not known: those of the config are looked at.
         for settings in config.channels:
             ask = partial(_engine_of, config, settings.name)
-            yield _asked(f"channel {settings.name}", ask)
+            yield _check(f"channel {settings.name}", ask)
         return
     for channel in series.channels:
-        yield _asked(
+        yield _check(
             f"channel {channel.name}", partial(_work_of, config, series, channel)
         )
 

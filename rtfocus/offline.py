@@ -204,7 +204,7 @@ class ImageProcessor(Closing):
             return self._in_the_mean(pixels, channel)
         self._start_for(pixels, channel)
         header = self._header(pixels)
-        result = self._through(header, pixels, "classified only")
+        result = self._run_through(header, pixels, "classified only")
         if self._blind and result.defocus is not None:
             defocus = self._looked_coarser(pixels, channel, result.defocus)
             estimate = estimate_frame(header, defocus.distances())
@@ -228,7 +228,7 @@ class ImageProcessor(Closing):
     def as_it_lies(self, pixels: Pixels, channel: str) -> FrameResult:
         """Restore an image, checked before, in this orientation alone."""
         self._start_for(pixels, channel)
-        return self._through(self._header(pixels), pixels, None)
+        return self._run_through(self._header(pixels), pixels, None)
 
     def _in_the_mean(self, pixels: Pixels, channel: str) -> FrameResult:
         """Restore an image in the mean over the orientations that are asked for.
@@ -278,7 +278,7 @@ class ImageProcessor(Closing):
             return fine
         return fine.with_coarser(coarser, least_um, step_um=step, farthest=farthest)
 
-    def _through(
+    def _run_through(
         self, header: FrameHeader, pixels: Pixels, unrestored: str | None
     ) -> FrameResult:
         """Send an image through the processor; the result is new memory."""
@@ -302,7 +302,7 @@ class ImageProcessor(Closing):
             return
         _refuse_too_large(pixels)
         self._started = None
-        optics, self._scale = self._settled(channel)
+        optics, self._scale = self._choose_optics(channel)
         series = SeriesStart(
             version=PROTOCOL_VERSION,
             series_uid=_UID,
@@ -320,7 +320,7 @@ class ImageProcessor(Closing):
         self._processor.start(series, 1, any_size=True)
         self._started = kind
 
-    def _settled(self, channel: str) -> tuple[OpticalSystem | None, Scale | None]:
+    def _choose_optics(self, channel: str) -> tuple[OpticalSystem | None, Scale | None]:
         """Return the optics that are given, configured, or the engine's own, and scale.
 
         None: nothing needs any; nobody looks for levels.

@@ -234,7 +234,7 @@ class LiveStream:
                 FramePublisher(
                     self._config.transport,
                     on_estimate=heard,
-                    on_ask=lambda act: self._asked(focusing, act),
+                    on_ask=lambda act: self._do_request(focusing, act),
                     # One of its own has nobody after it.
                     waits_for_another=not self._starts_processor,
                 )
@@ -300,7 +300,7 @@ class LiveStream:
         assert self._following is not None, "plans run between their start and end"
         return self._following
 
-    def _asked(self, focusing: Focusing, act: Act) -> None:
+    def _do_request(self, focusing: Focusing, act: Act) -> None:
         """Do what somebody asks for who looks at the run; any thread."""
         engine = self._core.mda.engine
         if act == "stop" or isinstance(engine, StreamEngine):
@@ -346,7 +346,7 @@ class LiveStream:
             # A processor that ended says best why nobody takes the frames.
             of_child = self._child and self._child.failure()
             _log.error("the stream failed: %s", of_child or error)
-            self._failure = self._failure or of_child or _told(error)
+            self._failure = self._failure or of_child or _as_rtfocus_error(error)
         finally:
             self._idle.set()
 
@@ -370,7 +370,7 @@ def _begun_plan(core: CMMCorePlus) -> threading.Thread | None:
     return next((one for one in threads if getattr(one, "_target", None) == run), None)
 
 
-def _told(error: Exception) -> Exception:
+def _as_rtfocus_error(error: Exception) -> Exception:
     """Return what a plan ended with as an error of rtfocus; its cause is kept."""
     if isinstance(error, RtfocusError):
         return error

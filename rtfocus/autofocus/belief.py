@@ -381,7 +381,7 @@ def _pruned(modes: list[Mode]) -> tuple[Mode, ...]:
     for mode in left:
         for number, other in enumerate(joined):
             if abs(mode.mean_um - other.mean_um) < 0.5 * min(mode.sd_um, other.sd_um):
-                joined[number] = _joined(other, mode)
+                joined[number] = _join(other, mode)
                 break
         else:
             joined.append(mode)
@@ -394,7 +394,7 @@ def _pruned(modes: list[Mode]) -> tuple[Mode, ...]:
     return tuple(replace(mode, weight=mode.weight / total) for mode in kept)
 
 
-def _joined(one: Mode, two: Mode) -> Mode:
+def _join(one: Mode, two: Mode) -> Mode:
     total = one.weight + two.weight
     mean = (one.weight * one.mean_um + two.weight * two.mean_um) / total
     variance = (

@@ -223,7 +223,7 @@ class Holder:
         unit = self._models.unit_um
         known = [
             ((focus_um - look.z_um) / unit, Spectrum(look.spectrum, look.noise))
-            for look in _apart(looks, _ALIKE * unit)
+            for look in _differing_in_z(looks, _ALIKE * unit)
         ]
         number = self._numbers.setdefault(key, len(self._numbers))
         self._given.discard(key)
@@ -346,7 +346,7 @@ class Holder:
         self._drift.see(place.number, time_s, modes)
 
 
-def _apart(looks: list[SpectrumAtZ], least_um: float) -> list[SpectrumAtZ]:
+def _differing_in_z(looks: list[SpectrumAtZ], least_um: float) -> list[SpectrumAtZ]:
     """Return images that differ in z, of those alike the newest."""
     apart: list[SpectrumAtZ] = []
     for look in reversed(looks):

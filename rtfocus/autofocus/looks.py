@@ -295,23 +295,25 @@ class Arrival:
         self.was_tried |= self._again > 0 and looks[-1].shows_lag(unit_um)
         if self._again and self._again <= self.lag:
             del looks[-2]
-        elif self._again and _differ(looks[-2], looks[-1]):
+        elif self._again and _show_late_stage(looks[-2], looks[-1]):
             self.lag = self._again
             # None of the older was taken where the stage was sent, or all is noise.
             del looks[0 if is_clear else -2 : -1]
         elif self._again and (self.is_late or not calibrated):
             del looks[-2]
         elif calibrated and is_clear and not (self.is_late or looks[-1].is_far):
-            self.doubt, self._early = _doubts(looks, comparison)
+            self.doubt, self._early = _lag_probabilities(looks, comparison)
 
 
-def _differ(one: Look, two: Look) -> bool:
+def _show_late_stage(one: Look, two: Look) -> bool:
     """Tell whether two images of one place show a stage that arrived in between."""
     # Far away noise makes images differ.
     return not (one.is_far and two.is_far) and one.change_from(two) > SAME
 
 
-def _doubts(looks: Sequence[Look], comparison: PlaneComparison) -> tuple[float, float]:
+def _lag_probabilities(
+    looks: Sequence[Look], comparison: PlaneComparison
+) -> tuple[float, float]:
     """Return how likely the stage arrives late, and the newest image came too early."""
     looks = [look for look in looks if look.reading.spectrum]
     if places_of((look.z_um for look in looks), comparison.unit_um) < _LEAST_PLACES:

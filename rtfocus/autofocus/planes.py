@@ -366,9 +366,9 @@ def calibrate_focus(
     if (fewer := min(len(up), len(down))) < FEWEST_PLANES:
         msg = f"{fewer} planes are too few; take {FEWEST_PLANES} or more"
         raise ConfigError(msg)
-    fits = [_fitted(comparison, planes) for planes in (up, down)]
+    fits = [_fit_near_focus(comparison, planes) for planes in (up, down)]
     focus, sharp = fits[0].best_um, _sharpest_um(up)
-    direction = _told_direction(fits[0].by_direction)
+    direction = _direction_by_images(fits[0].by_direction)
     offset, scale, reach = _levels(up, focus)
     unexplained = max(fit.unexplained for fit in fits)
     searched = f"the search before the stack did not find focus: {not_found}"
@@ -409,7 +409,7 @@ def calibrate_focus(
     )
 
 
-def _fitted(comparison: PlaneComparison, planes: Sequence[ZPlane]) -> PlaneFit:
+def _fit_near_focus(comparison: PlaneComparison, planes: Sequence[ZPlane]) -> PlaneFit:
     # Far planes say little and show the specimen's thickness.
     sharpest = _sharpest_um(planes)
     near = [p for p in planes if abs(p.z_um - sharpest) < 3 * comparison.unit_um]
@@ -418,7 +418,7 @@ def _fitted(comparison: PlaneComparison, planes: Sequence[ZPlane]) -> PlaneFit:
     return comparison.fit(z_um, spectra, noise)
 
 
-def _told_direction(by_direction: dict[int, float]) -> int:
+def _direction_by_images(by_direction: dict[int, float]) -> int:
     if len(by_direction) < 2:
         return next(iter(by_direction), 0)
     better, worse = sorted(by_direction, key=by_direction.__getitem__)

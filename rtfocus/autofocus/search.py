@@ -121,9 +121,9 @@ class FocusSearch:
 
     def decide(self) -> Decision:
         """Say what to do after the newest image."""
-        decision = self._wish()
+        decision = self._next_decision()
         if isinstance(decision, Stay):
-            decision = self._proved(decision)
+            decision = self._verified(decision)
         wants_more = isinstance(decision, Move | Probe)
         if wants_more and self._images >= self.rule.most_images:
             return self._give_up_unsure(f"not found in {self._images} images")
@@ -139,18 +139,18 @@ class FocusSearch:
         back = self.moves.limits.clip(best) if isfinite(best) else now
         return GiveUp(reason, back - now)
 
-    def _wish(self) -> Decision:
+    def _next_decision(self) -> Decision:
         if (end := self._end_of_sight()) is not None:
             return end
         if (doubt := self._doubt_the_stage()) is not None:
             return doubt
         if self._back_at is not None:
-            return self._returned()
+            return self._check_end()
         if self._follows:
             return self._top_of_now()
         is_there = not self.belief.is_empty and self._way_um() <= self._near_um()
         if is_there and self._is_sure_of(self.looks[-1].z_um):
-            return self._arrived()
+            return self._end_on_arrival()
         if self._is_worth_a_move():
             return self._approach()
         saw_enough = is_there and self.survey.saw_both_sides()
@@ -293,7 +293,7 @@ class FocusSearch:
                 return Probe(target - now)
         return self._give_up_seeing("there is no room to probe within the limits")
 
-    def _arrived(self) -> Decision:
+    def _end_on_arrival(self) -> Decision:
         now, best, fit = self.looks[-1], self.survey.best_seen, self.survey.fit
         unit, sure = self.survey.unit_um, self.belief.best.mean_um
         unexplained = 0.0 if fit is None else fit.unexplained
@@ -329,7 +329,7 @@ class FocusSearch:
         # Aberrations move the sharpest plane away from where the optics put focus.
         return self._end_at(self.survey.peak_um()) if self.rule.verify else Stay()
 
-    def _returned(self) -> Decision:
+    def _check_end(self) -> Decision:
         """Check the image at the place where the search wants to end."""
         now, best = self.looks[-1], self.survey.best_seen
         # To end blurrier than what was seen would be a mistake. The sharpest of several
@@ -361,7 +361,7 @@ class FocusSearch:
     def _end_at(self, top_um: float) -> Decision:
         """Go to a place to end there, if the image is as sharp as was seen."""
         self._back_at, way = top_um, top_um - self.looks[-1].z_um
-        return Move(way) if abs(way) > self.moves.deadband_um else self._returned()
+        return Move(way) if abs(way) > self.moves.deadband_um else self._check_end()
 
     def _unbracketed(self) -> float | None:
         return self.survey.unbracketed_um(self._sides, self.moves.limits)
@@ -425,7 +425,7 @@ class FocusSearch:
             return (self._give_up_seeing if is_doubtful else self.give_up)(why)
         return self._probe(_STUCK * unit)
 
-    def _proved(self, end: Stay) -> Decision:
+    def _verified(self, end: Stay) -> Decision:
         """Before the end look where images must differ, if the newest look alike."""
         if not self.survey.arrival.is_seen_at_rest:
             return Probe(0.0)

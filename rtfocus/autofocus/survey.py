@@ -352,7 +352,7 @@ class Survey:
         # A parabola holds near the top alone.
         reach = _TOP * self.unit_um
         if max(-left, right) > reach:
-            return self._between(best, left, right)
+            return self._focus_between(best, left, right)
         near = np.abs(ways) <= reach
         curve = np.polyfit(ways[near], values[near] / best.sharpness, 2)
         if curve[0] >= 0:
@@ -361,7 +361,7 @@ class Survey:
         lowest, highest = ways[near].min(), ways[near].max()
         return best.z_um + float(min(max(top, lowest), highest))
 
-    def _between(self, best: Look, left_um: float, right_um: float) -> float:
+    def _focus_between(self, best: Look, left_um: float, right_um: float) -> float:
         """Return where the optics put focus between the sharpest and one nearly so."""
         way_um = 0.0 if self.fit is None else self.belief.best.mean_um - best.z_um
         beside_um = best.z_um + (left_um if way_um < 0 else right_um)

@@ -82,7 +82,7 @@ class Batch:
         OutputError
             If something stands in the way, or another batch.
         """
-        begun = self._begun()
+        begun = self._existing_plan()
         # What an earlier call has written may be there already.
         guard = self._guard if begun is None else self._guard.fresh(overwrite=True)
         form, targets = self._targets(guard)
@@ -146,7 +146,7 @@ class Batch:
             self.ledger.remove()
         return failures
 
-    def _begun(self) -> BatchPlan | None:
+    def _existing_plan(self) -> BatchPlan | None:
         try:
             return self.ledger.plan()
         except OutputError:

@@ -155,7 +155,7 @@ class _Fit:
         # Which of two planes is nearer changes at planes and, of even steps, half-way.
         tried = np.sort(np.concatenate([places[:-1] + gaps / 4, places[1:] - gaps / 4]))
         reach = np.repeat(gaps / 4, 2)
-        fits = [_fitted(heights, roots, one) for one in tried]
+        fits = [_unimodal_fit(heights, roots, one) for one in tried]
         left = np.array([np.square(roots - fit).sum() for fit in fits])
         spread = float(np.square(roots - roots.mean()).sum())
         equal = np.flatnonzero(left <= left.min() + 1e-9 * spread)
@@ -167,7 +167,7 @@ class _Fit:
         self.least, self.ends = float(fit.min()), (float(fit[0]), float(fit[-1]))
 
 
-def _fitted(heights: Floats, roots: Floats, focus: float) -> Floats:
+def _unimodal_fit(heights: Floats, roots: Floats, focus: float) -> Floats:
     # Here, because it takes long to import, and few images are stacks.
     from scipy.optimize import isotonic_regression
 

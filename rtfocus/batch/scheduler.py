@@ -165,15 +165,15 @@ class _Run(Generic[U, R]):
                     self._submit(waiting.popleft())
                 self._await(waiting)
         except (*_GONE, _cancelled()) as error:
-            msg = f"the scheduler is gone, {self._left(waiting)}"
+            msg = f"the scheduler is gone, {self._time_left(waiting)}"
             raise IncompleteError(msg) from error
         except _NoWorkerError as error:
             if self._workers.were_there:
-                msg = f"{error}; {self._left(waiting)}"
+                msg = f"{error}; {self._time_left(waiting)}"
                 raise IncompleteError(msg) from error
             raise ConfigError(str(error)) from error
 
-    def _left(self, waiting: deque[U]) -> str:
+    def _time_left(self, waiting: deque[U]) -> str:
         return self._rest(len(waiting) + len(self._running))
 
     def _await(self, waiting: deque[U]) -> None:

@@ -163,13 +163,13 @@ class _Opened:
             raise InputError(msg)
         for place in (unit.path, self._plan.job.source):
             with suppress(InputError):
-                if (series := self._listed(place, unit)) is not None:
+                if (series := self._find_image(place, unit)) is not None:
                     if content_of(series) != unit.content:
                         break
                     return series
         raise _changed(unit)
 
-    def _listed(self, place: str, unit: Unit) -> ImageSeries | None:
+    def _find_image(self, place: str, unit: Unit) -> ImageSeries | None:
         """Return the image of a unit among those of a place; None: it is not there."""
         same = [one for one in self._list(place) if str(one.path) == unit.path]
         image = same[unit.number] if unit.number < len(same) else None

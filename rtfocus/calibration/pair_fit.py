@@ -147,7 +147,7 @@ def calibrate_psf(
         for sign in (-1.0, 1.0)
     ]
     optima.sort(key=lambda trial: -trial.psnr_db)
-    best = _chosen(optima, start.numerical_aperture, tolerance_db)
+    best = _choose_optimum(optima, start.numerical_aperture, tolerance_db)
     if fit_astigmatism:
         best = with_astigmatism(reblurring, best)
     offset_um = best.defocus_um - nominal_defocus_um
@@ -166,7 +166,7 @@ def calibrate_psf(
     )
 
 
-def _chosen(
+def _choose_optimum(
     optima: Sequence[PairTrial], nominal: float, tolerance_db: float
 ) -> PairTrial:
     """Take the best optimum, or one at the nominal NA that is as good."""

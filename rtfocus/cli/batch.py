@@ -154,7 +154,7 @@ def run_batch(job: BatchJob, many: Many, *, overwrite: bool) -> None:
     with _alone(ledger):
         batch = Batch(job, overwrite=overwrite)
         if many.finish:
-            plan = _begun(ledger, job)
+            plan = _plan_of_init(ledger, job)
             _refuse_changed(batch.changed(plan))
             _finish(batch, plan, "do their parts again: --unit K/N")
             return
@@ -241,7 +241,7 @@ def _refuse_without_scheduler(many: Many) -> None:
 
 def _do_part(ledger: Ledger, text: str, job: BatchJob) -> None:
     """Do one part of a batch that was planned."""
-    plan = _begun(ledger, job)
+    plan = _plan_of_init(ledger, job)
     part = plan.part(*part_of(text))
     left = ledger.left(part)
     failed: list[Unit] = []
@@ -332,7 +332,7 @@ def _without_frame(run: Path, time_points: int) -> str:
     return f"'{run}' has {number} without a frame, nothing but 0: {names}"
 
 
-def _begun(ledger: Ledger, job: BatchJob) -> BatchPlan:
+def _plan_of_init(ledger: Ledger, job: BatchJob) -> BatchPlan:
     plan = ledger.plan()
     if plan is None:
         msg = f"no batch was begun for '{ledger.output}'; begin it with --init"

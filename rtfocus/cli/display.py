@@ -348,13 +348,13 @@ def told_of(findings: "Findings", *, each: bool) -> Iterator[str]:
         Say it of every plane, unless they are many: then how many are out of focus,
         and which are the farthest from it.
     """
-    yield from _planes_told(findings.planes, each=each)
-    yield from _stacks_told(findings.stacks, each=each)
+    yield from _plane_lines(findings.planes, each=each)
+    yield from _stack_lines(findings.stacks, each=each)
 
 
-def _planes_told(rows: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator[str]:
+def _plane_lines(rows: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator[str]:
     if len(rows) <= _MOST_PLANES_TOLD:
-        yield from (_told(row) for row in rows if each)
+        yield from (_plane_line(row) for row in rows if each)
         return
     estimated = [row for row in rows if row["estimate"] is not None]
     off = [row for row in estimated if row["estimate"]["level"]]
@@ -369,16 +369,16 @@ def _planes_told(rows: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator[s
     if off:
         off.sort(key=lambda row: -abs(row["estimate"]["defocus_um"]))
         yield f"farthest from focus, {min(len(off), _WORST)} of {len(off)}:"
-        yield from (f"  {_told(row)}" for row in off[:_WORST])
+        yield from (f"  {_plane_line(row)}" for row in off[:_WORST])
     yield from _worst_wells(off, rows)
     if each:
         yield "every plane: --csv FILE.csv"
 
 
-def _stacks_told(stacks: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator[str]:
+def _stack_lines(stacks: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator[str]:
     """Say where focus lies in every stack; of many how many have it where."""
     if len(stacks) <= _MOST_PLANES_TOLD:
-        yield from map(_stack_told, stacks)
+        yield from map(_stack_line, stacks)
         return
     counts = Counter(stack["place"] for stack in stacks)
     within, unknown = counts.pop("within", 0), counts.pop("unknown", 0)
@@ -390,7 +390,7 @@ def _stacks_told(stacks: Sequence[Mapping[str, Any]], *, each: bool) -> Iterator
         yield "every stack: --json FILE"
 
 
-def _stack_told(stack: Mapping[str, Any]) -> str:
+def _stack_line(stack: Mapping[str, Any]) -> str:
     index = " ".join(f"{axis}{n}" for axis, n in stack["index"].items())
     last = stack["planes"] - 1
     low, high = stack["likely"]
@@ -425,7 +425,7 @@ def _worst_wells(
         yield f"wells with most planes out of focus: {named}"
 
 
-def _told(row: Mapping[str, Any]) -> str:
+def _plane_line(row: Mapping[str, Any]) -> str:
     index = " ".join(f"{axis}{n}" for axis, n in row["index"].items())
     return f"{row['path']} ({row['name']} {index}): {_in_words(row['estimate'])}"
 

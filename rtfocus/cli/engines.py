@@ -356,7 +356,7 @@ def build(
     shape = _shape(frame)
     library, device, target = _target(backend, gpu, capability)
     pixels = pixels_at_once(device)
-    for engine in _chosen(name):
+    for engine in _engines_to_build(name):
         most: dict[str, Any] = {"tiles_per_batch": tiles_per_batch, "pixels": pixels}
         request = gpu_request(engine, shape, precision, tf32=tf32, **most)
         context = nullcontext() if device is None else current_context(device.gpu_index)
@@ -373,7 +373,7 @@ def build(
         )
 
 
-def _chosen(name: str) -> list[FoundEngine]:
+def _engines_to_build(name: str) -> list[FoundEngine]:
     if name != "all":
         return [find_engine(name)]
     return [

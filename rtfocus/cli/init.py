@@ -194,7 +194,7 @@ def init(
         raise OutputError(msg)
     OutputGuard().claim(file)  # before anybody is asked
     stock = take_inventory(mm_config, adapters or ())
-    typer.echo(_told(stock))
+    typer.echo(_inventory_text(stock))
     answers = Answers(
         name=re.sub(r"[^\w .+-]", "_", file.stem) or "run",
         presets=[stock.preset] if stock.preset else [],
@@ -245,7 +245,7 @@ def config_text(
     return "\n".join(lines) + "\n"
 
 
-def _told(stock: Inventory) -> str:
+def _inventory_text(stock: Inventory) -> str:
     rows, columns = stock.shape
     sizes = ", ".join(f"{name} {um:g} um" for name, um in stock.calibrations)
     parts = [

@@ -163,7 +163,7 @@ def restore(
         settings = restoring_in(settings, orientations)
     if output is None:
         given = {"--stretch": stretch or None, "--picture": picture}
-        _complete(path, settings, {**given, "--expected-error": expected_error})
+        _restore_run(path, settings, {**given, "--expected-error": expected_error})
         return
     is_named = _names(config, overrides, "classifier", "restoration", ".method")
     free_choice = engine is None and not is_named and not _is_run(path)
@@ -186,7 +186,7 @@ def restore(
     images = ImageSet(
         settings,
         found.series,
-        stated=_stated(optics),
+        stated=_stated_optics(optics),
         free_choice=free_choice,
         states_error=expected_error is not None,
     )
@@ -247,11 +247,11 @@ def classify(
     for target, kind in texts:
         guard.claim_text(target, kind)
     picture_of = SideBySide(guard, picture)
-    images = ImageSet(settings, found.series, stated=_stated(optics))
+    images = ImageSet(settings, found.series, stated=_stated_optics(optics))
     _tell(notes_of(found, images))
     with counting("planes", sum(map(len, found.series))) as on_plane, images:
         tiles = json_file is not None
-        findings, lost = _found(images, picture_of, on_plane, tiles=tiles)
+        findings, lost = _classify_all(images, picture_of, on_plane, tiles=tiles)
     _tell(images.doubts())
     broken = [*found.broken, *lost]
     _tell_picture(picture_of.save())
@@ -271,7 +271,7 @@ def classify(
     _refuse_changed(found, as_found)
 
 
-def _found(
+def _classify_all(
     images: ImageSet, shown: SideBySide, on_plane: Callable[[], None], *, tiles: bool
 ) -> tuple[Findings, list[BrokenImage]]:
     """Return what is found in the images, and those that cannot be read."""
@@ -335,7 +335,7 @@ def _guard(path: Path, images: FoundImages, overwrite: bool) -> OutputGuard:
     return OutputGuard(inputs, overwrite=overwrite)
 
 
-def _stated(optics: str | None) -> StatedOptics | None:
+def _stated_optics(optics: str | None) -> StatedOptics | None:
     return None if optics is None else StatedOptics(stated_optics(optics), optics)
 
 
@@ -380,7 +380,7 @@ def _refuse_broken(broken: list[BrokenImage], done: int, what: str, how: str) ->
     raise (IncompleteError if done else InputError)(msg)
 
 
-def _complete(run: Path, settings: Config, given: Mapping[str, object]) -> None:
+def _restore_run(run: Path, settings: Config, given: Mapping[str, object]) -> None:
     """Restore the frames of a run folder that were recorded raw only."""
     if not _is_run(run):
         msg = f"'{run}' is no run folder; say where to write with --output"

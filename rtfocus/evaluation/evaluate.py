@@ -257,7 +257,7 @@ class Measuring(Closing):
         elapsed = time.perf_counter() - start[0], time.process_time() - start[1]
         tiles = None
         if one.estimates:
-            tiles = _found_tiles(one, self._data, sample, result, self._ranking)
+            tiles = _compare_tiles(one, self._data, sample, result, self._ranking)
         return replace(
             _measured(sample, result.restored),
             tiles=tiles,
@@ -362,7 +362,7 @@ def _figures(truth: NDArray[Any], image: NDArray[Any], span: float) -> Figures:
     )
 
 
-def _found_tiles(
+def _compare_tiles(
     one: Contender,
     data: DataSet,
     sample: Sample,
@@ -376,7 +376,7 @@ def _found_tiles(
     levels, _ = parts(engine.card)
     step = step_um(engine.card, data.optics, blind=one.blind)
     lowest, highest = _comparable(sample, signed=levels.signed and not sample.even)
-    used = _wanted_tiles(sample, found)
+    used = _specimen_tiles(sample, found)
     error_um, stated_um = np.zeros(0), None
     level, defocus = found.level[used], found.defocus_um[used].astype(np.float64)
     if sample.even:
@@ -417,7 +417,7 @@ def _comparable(sample: Sample, *, signed: bool) -> tuple[float, float]:
     return (0.0 if lowest < 0.0 < highest else sizes[0]), sizes[1]
 
 
-def _wanted_tiles(sample: Sample, defocus: DefocusMap) -> NDArray[np.bool_]:
+def _specimen_tiles(sample: Sample, defocus: DefocusMap) -> NDArray[np.bool_]:
     grey = luminance(sample.pixels.astype(np.float32))
     quantum = 1.0 if np.issubdtype(sample.pixels.dtype, np.integer) else 0.0
     return specimen_tiles(grey, defocus.grid, quantum)

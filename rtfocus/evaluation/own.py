@@ -131,7 +131,7 @@ def train_own(
     start = plan.start(fields, shipped)
     recipe = plan.recipe(fields, start)
     checkpoint = train(recipe, device=wish.device, workers=wish.workers)
-    engine = _exported(checkpoint, work, wish.output.name, fields, start, say)
+    engine = _export_best(checkpoint, work, wish.output.name, fields, start, say)
     say(f"comparing on {len(fields.of('test'))} held-out fields")
     own = contender(str(engine), classifier=_CLASSIFIER, blind=False)
     data = _data(fields, fields.of("test"), work, "held-out fields")
@@ -299,7 +299,7 @@ def _seconds_per_step(recipe: RecipeBase, wish: OwnWish) -> float:
         return (time.perf_counter() - start_s) / (_TIMED_STEPS - shards)
 
 
-def _exported(
+def _export_best(
     checkpoint: Path,
     work: Path,
     name: str,

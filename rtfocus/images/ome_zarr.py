@@ -417,10 +417,10 @@ def _with_ome_xml(path: Path, images: list[ImageSeries]) -> list[ImageSeries]:
     described = read_ome_xml(companion.read_bytes()).images
     if len(described) != len(images):
         return images
-    return [_filled(image, one) for image, one in zip(images, described, strict=True)]
+    return [_with_ome(image, one) for image, one in zip(images, described, strict=True)]
 
 
-def _filled(image: ImageSeries, one: OmeImage) -> ImageSeries:
+def _with_ome(image: ImageSeries, one: OmeImage) -> ImageSeries:
     facts = one.facts
     fitting = len(facts.get("channels", ())) == image.sizes["c"]
     return replace(

@@ -111,7 +111,7 @@ def make_optics(stated: Mapping[str, Any], origin: str) -> OpticalSystem:
     try:
         return TypeAdapter(OpticalSystem).validate_python(dict(stated))
     except ValidationError as error:
-        faults = "; ".join(map(_said, error.errors()))
+        faults = "; ".join(map(_fault_text, error.errors()))
         msg = f"optics '{origin}': {faults}; e.g. {EXAMPLE}"
         raise ConfigError(msg) from error
 
@@ -131,7 +131,7 @@ def checked_optics(given: object) -> OpticalSystem:
     raise ConfigError(msg)
 
 
-def _said(fault: ErrorDetails) -> str:
+def _fault_text(fault: ErrorDetails) -> str:
     rule = fault["msg"].removeprefix("Value error, ")
     if not fault["loc"]:  # of several values together, which it names
         return rule
@@ -271,7 +271,7 @@ def find_optics(
     if stated is None and configured is not None:
         _refuse_other_pixels(image, configured, "the config's optics")
         return ImageOptics(configured, "the config")
-    of_file = _said_by_file(image, channel)
+    of_file = _values_of_file(image, channel)
     values = {**of_file, **(stated.values if stated is not None else {})}
     missing = [key for key in _NEEDED if key not in values]
     if missing:
@@ -324,7 +324,7 @@ def refuse_other_reference(
         raise ConfigError(msg)
 
 
-def _said_by_file(image: ImageSeries, channel: int) -> dict[str, float]:
+def _values_of_file(image: ImageSeries, channel: int) -> dict[str, float]:
     described = image.channels[channel] if channel < len(image.channels) else None
     values = {
         "numerical_aperture": image.numerical_aperture,

@@ -85,11 +85,11 @@ def _read_tiff(path: Path, companion: str | None = None) -> list[ImageSeries]:
     if missing:
         names = ", ".join(f"'{file.name}'" for file in missing)
         msg = f"'{path}' belongs to a set of files that lacks {names}; put it beside it"
-        raise IncompleteSetError(msg, _named(path, images))
+        raise IncompleteSetError(msg, _name_images(path, images))
     if not images:
         msg = f"'{path}' holds no image"
         raise InputError(msg)
-    return _named(path, images)
+    return _name_images(path, images)
 
 
 def _is_whole(
@@ -238,7 +238,7 @@ def _describe(
     gaps = _gaps(series, axes)
     for place in itertools.product(*(range(lengths[axis]) for axis in own)):
         fixed = dict(zip(own, place, strict=True))
-        written, gaps_told = _told_gaps(gaps, axes, fixed)
+        written, gaps_told = _count_planes(gaps, axes, fixed)
         if not written:  # a position that an aborted acquisition never came to
             continue
         layout = Layout(axes, series.shape, fixed, samples, rgb)
@@ -320,7 +320,7 @@ def _gaps(series: tifffile.TiffPageSeries, axes: str) -> NDArray[np.bool_] | Non
     return gaps.reshape(lengths) if gaps.size == np.prod(lengths) else None
 
 
-def _told_gaps(
+def _count_planes(
     gaps: NDArray[np.bool_] | None, axes: str, fixed: dict[str, int]
 ) -> tuple[int, list[str]]:
     """Return how many planes of one image were written, and notes about gaps."""
@@ -333,7 +333,7 @@ def _told_gaps(
     return own.size - missing, [note] if missing else []
 
 
-def _named(path: Path, images: list[ImageSeries]) -> list[ImageSeries]:
+def _name_images(path: Path, images: list[ImageSeries]) -> list[ImageSeries]:
     """Name images after their file; of several in one file each by its own name."""
     if len({image.path for image in images}) == len(images):
         return [replace(image, name=stem_of(image.path)) for image in images]

@@ -50,7 +50,7 @@ class Sites:
         positions = sequence.stage_positions
         if not isinstance(positions, useq.WellPlatePlan):
             return cls(wells=[_well_of(position) for position in positions])
-        wells = [_named(str(name)) for name in positions.selected_well_names]
+        wells = [_parse_well(str(name)) for name in positions.selected_well_names]
         sites = range(positions.num_points_per_well)
         return cls(wells=[well for well in wells for _ in sites])
 
@@ -86,7 +86,7 @@ class Sites:
         )
 
 
-def _named(well: str) -> Well:
+def _parse_well(well: str) -> Well:
     """Split a well's name: ``B3`` is row ``B``, column ``03``."""
     match = re.fullmatch(r"([A-Za-z]+)(\d+)", well)
     if match is None:

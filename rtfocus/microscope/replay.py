@@ -201,7 +201,9 @@ def _require_alike(described: list[tuple[ImageSeries, str]]) -> None:
         groups.setdefault(description, []).append(image.path.name)
     if len(groups) <= 1:
         return
-    parts = [f"{description}: {_named(files)}" for description, files in groups.items()]
+    parts = [
+        f"{description}: {_list_files(files)}" for description, files in groups.items()
+    ]
     msg = (
         f"the images to replay differ: {'; '.join(parts)}. One series has one "
         "geometry: replay each kind in a run of its own (a pixel size alone can be "
@@ -220,7 +222,7 @@ def _digits(size_um: float | None) -> str:
     return "unknown" if size_um is None else f"{size_um:.{_SIZE_DIGITS}g}"
 
 
-def _named(files: list[str]) -> str:
+def _list_files(files: list[str]) -> str:
     """Name files, many of them by the first ones and their number."""
     listed = ", ".join(list(dict.fromkeys(files))[:_MOST_NAMED])
     return (

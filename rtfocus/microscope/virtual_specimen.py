@@ -103,7 +103,7 @@ def read_scene(
         Channels of one specimen show different structures: each is drawn anew.
     """
     if config.kind == "image" or config.kind == "stack":
-        series = open_images(_given(config))[0]
+        series = open_images(_image_path(config))[0]
         plane = series.read(c=min(channel, series.sizes["c"] - 1))
         scene = normalise_sharp(plane, shape)
     else:
@@ -130,7 +130,7 @@ def read_recording(
     ConfigError
         If the file holds a single plane.
     """
-    path = _given(config)
+    path = _image_path(config)
     series = open_images(path)[0]
     count = series.sizes["z"] if series.sizes["z"] > 1 else series.sizes["t"]
     if count < 2:
@@ -157,7 +157,7 @@ def _tinted(scene: Image) -> Image:
     return scene[..., None] * np.array([0.25, 0.85, 1.0], dtype=np.float32)
 
 
-def _given(config: SpecimenConfig) -> Path:
+def _image_path(config: SpecimenConfig) -> Path:
     if config.path is None:
         msg = f"specimen.kind '{config.kind}' needs specimen.path, an image file"
         raise ConfigError(msg)
@@ -273,13 +273,13 @@ class VirtualSpecimen:
         from_surface_um = z_um - drift_um(self._surface_config, time_s)
         key = (*place, self._height_number(from_surface_um))
         if key not in self._views:
-            self._views[key] = self._seen(place, key[2])
+            self._views[key] = self._light_at(place, key[2])
             if len(self._views) > max(_VIEWS_BYTES // self._scene.nbytes, 1):
                 self._views.popitem(last=False)
         self._views.move_to_end(key)
         return self._views[key]
 
-    def _seen(self, place: tuple[int, int], height_number: int) -> Image:
+    def _light_at(self, place: tuple[int, int], height_number: int) -> Image:
         """Return the light at a place of the specimen, from a height above it."""
         if self.is_recorded:
             view = self._view_of(self._recording[height_number], place)

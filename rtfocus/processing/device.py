@@ -231,7 +231,7 @@ def result_of(job: Job, restored: NDArray[Any] | None, device: str) -> FrameResu
     below = told_below(job.slot.pixels, job.plan.camera.offset_counts)
     return FrameResult(
         estimate=estimate,
-        defocus=None if defocus is None else _stating(job.plan, defocus),
+        defocus=None if defocus is None else _with_stated_deviation(job.plan, defocus),
         restored=restored,
         expected_error=job.expected_error,
         skipped=job.skipped,
@@ -242,7 +242,7 @@ def result_of(job: Job, restored: NDArray[Any] | None, device: str) -> FrameResu
     )
 
 
-def _stating(plan: ChannelPlan, defocus: DefocusMap) -> DefocusMap:
+def _with_stated_deviation(plan: ChannelPlan, defocus: DefocusMap) -> DefocusMap:
     """Return a map of the channel's classifier that says how far off it may be."""
     classifier = plan.classifier
     assert classifier is not None

@@ -246,7 +246,10 @@ class _Run:
     def open(self, plans: Sequence[ChannelPlan], series: SeriesStart) -> None:
         """Start the threads and wait until the device takes frames; raises why not."""
         self._owner = threading.Thread(
-            target=self._own, args=(plans, series), name="rtfocus-device", daemon=True
+            target=self._run_device,
+            args=(plans, series),
+            name="rtfocus-device",
+            daemon=True,
         )
         self._owner.start()
         in_steps(self._opened.wait)
@@ -279,7 +282,7 @@ class _Run:
         """Wait until the threads have ended and the device is free."""
         self._owner.join()
 
-    def _own(self, plans: Sequence[ChannelPlan], series: SeriesStart) -> None:
+    def _run_device(self, plans: Sequence[ChannelPlan], series: SeriesStart) -> None:
         """Thread: makes, uses and frees everything of the device."""
         with ExitStack() as stack:
             try:
@@ -312,7 +315,7 @@ class _Run:
         with suppress(AbortedError):
             for job in self._to_enqueue:
                 job.seat = next(seats)
-                if self._succeeds(self._device.enqueue, job):
+                if self._try_step(self._device.enqueue, job):
                     self._to_estimate.put(job)
                 else:
                     self._seats.put(job.seat)
@@ -323,7 +326,7 @@ class _Run:
         """Thread: every estimate as soon as it is known, in the order of the frames."""
         with self._entered():
             for job in self._to_estimate:
-                self._succeeds(self._estimate, job)
+                self._try_step(self._estimate, job)
                 self._to_restore.put(job)
 
     def _restore_all(self) -> None:
@@ -331,7 +334,7 @@ class _Run:
         with self._entered():
             for job in self._to_restore:
                 if not job.failed:
-                    self._succeeds(self._restore, job)
+                    self._try_step(self._restore, job)
                 self._seats.put(job.seat)
 
     @contextmanager
@@ -363,7 +366,7 @@ class _Run:
         refuse_no_numbers(job)
         job.ticket.result.set_result(result_of(job, restored, self._device.name))
 
-    def _succeeds(self, step: Callable[[Job], None], job: Job) -> bool:
+    def _try_step(self, step: Callable[[Job], None], job: Job) -> bool:
         """Apply a step to a frame; its failure goes to whoever waits for the frame."""
         try:
             step(job)

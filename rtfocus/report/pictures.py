@@ -244,9 +244,9 @@ def _heading(facts: RunFacts, frame: ShownFrame) -> str:
 
 def _pixel_panels(frame: ShownFrame, pixel_um: float | None) -> list[Panel]:
     """Return raw and restored, whole and in detail, between the same counts."""
-    images = [("raw", _plain(frame.raw))]
+    images = [("raw", _grey(frame.raw))]
     if frame.restored is not None:
-        images.append(("restored", _plain(frame.restored)))
+        images.append(("restored", _grey(frame.restored)))
     # Of a large frame every n-th pixel: all of them would take most of a report's time.
     step = max(1, min(frame.raw.shape[:2]) // _WINDOW_PX)
     sample = images[0][1][::step, ::step]
@@ -274,7 +274,7 @@ def _zoom(image: NDArray[Any]) -> float:
     return float(min(_DETAIL_PX, *image.shape)) / (4 * _DETAIL_PX)
 
 
-def _plain(image: NDArray[Any]) -> NDArray[np.float32]:
+def _grey(image: NDArray[Any]) -> NDArray[np.float32]:
     """Return grey values; colours by their mean."""
     grey = image.astype(np.float32)
     return grey if grey.ndim == 2 else np.asarray(grey.mean(axis=-1))

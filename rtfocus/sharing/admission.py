@@ -112,7 +112,7 @@ def _add(
         open_package(path, origin) as package,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
     ):
-        for file, data in _taken(package, name, values).items():
+        for file, data in _engine_files(package, name, values).items():
             (Path(scratch) / file).write_bytes(data)
         _refuse_other_networks(Path(scratch))
         return add_engine(Path(scratch))
@@ -163,7 +163,7 @@ def _refuse_other_labels(card: EngineCard, graph: onnx.GraphProto) -> None:
             raise EngineError(msg)
 
 
-def _taken(package: Package, name: str | None, values: Values | None) -> Files:
+def _engine_files(package: Package, name: str | None, values: Values | None) -> Files:
     """Return the files of the engine that a package holds."""
     names = [rdf for rdf in RDF_NAMES if rdf in package]
     if not names and CARD_NAME in package:
@@ -178,7 +178,7 @@ def _taken(package: Package, name: str | None, values: Values | None) -> Files:
     config = rdf.get("config")
     ours = config.get("rtfocus") if isinstance(config, dict) else None
     if ours is not None:
-        return _exported(package, rdf, ours, name)
+        return _exported_files(package, rdf, ours, name)
     try:
         return _admitted(package, rdf, names[0], name, values)
     except EngineError as error:
@@ -344,7 +344,7 @@ def _values_of(tensor: onnx.TensorProto, read: Callable[[str], bytes]) -> memory
     return whole[start : start + length]
 
 
-def _exported(
+def _exported_files(
     package: Package, rdf: Mapping[str, Any], ours: object, name: str | None
 ) -> Files:
     """Return what rtfocus exported; the card under ``config.rtfocus`` is the word."""

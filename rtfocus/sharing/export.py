@@ -108,7 +108,7 @@ def export_bioimageio(
         "license": licence,
         "documentation": _README,
         "tags": ["fluorescence-light-microscopy", "restoration", "defocus", "2d"],
-        "attachments": [_checked(name, files) for name in _beside(card)],
+        "attachments": [_checked(name, files) for name in _files_beside(card)],
         "inputs": list(_inputs(card, files)),
         "outputs": list(_outputs(card, tensors, files)),
         "weights": {
@@ -152,7 +152,7 @@ def _refuse_unspeakable(card: EngineCard) -> None:
         raise EngineError(msg)
 
 
-def _beside(card: EngineCard) -> list[str]:
+def _files_beside(card: EngineCard) -> list[str]:
     """Files of the engine folder that are no part of the model's description."""
     return [CARD_NAME, *(name for key, name in card.files.items() if key != "fp32")]
 
@@ -200,7 +200,7 @@ def _test_tensors(found: FoundEngine) -> dict[str, Image]:
     tensors = {tiles.name: image}
     told = None
     if card.condition is not None:
-        told = _told(card)
+        told = _test_condition(card)
         tensors[card.condition.name] = told
     low, high = np.percentile(image, _percentiles(card), axis=(2, 3), keepdims=True)
     seen = ((image - low) / (high - low + _EPS)).astype(np.float32)
@@ -215,7 +215,7 @@ def _test_tensors(found: FoundEngine) -> dict[str, Image]:
         engine.close()
 
 
-def _told(card: EngineCard) -> Image:
+def _test_condition(card: EngineCard) -> Image:
     """Return the condition of the network in its test: own optics, one level off."""
     levels, optics = parts(card)
     known = Conditions(card, optics.reference, blind=False, signed=levels.signed)

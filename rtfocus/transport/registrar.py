@@ -335,10 +335,10 @@ class Registrar:
         ours, theirs = self.pairing, hello.pairing
         if ours is None or hmac.compare_digest(ours.encode(), theirs.encode()):
             return None
-        self.stranger = f"{hello.who}, {_shown(theirs)}"
+        self.stranger = f"{hello.who}, {_pairing_text(theirs)}"
         return (
-            f"this microscope side is paired by {_shown(ours)}, not by "
-            f"{_shown(theirs)}; start `rtfocus process` with the config of "
+            f"this microscope side is paired by {_pairing_text(ours)}, not by "
+            f"{_pairing_text(theirs)}; start `rtfocus process` with the config of "
             "`rtfocus acquire`, or set transport.pairing to one word on both sides"
         )
 
@@ -414,7 +414,7 @@ class Registrar:
         self.estimates.put(estimate)
 
 
-def _shown(pairing: str) -> str:
+def _pairing_text(pairing: str) -> str:
     """Return a pairing for people; a word somebody chose stays untold."""
     if not pairing:
         return "nothing"

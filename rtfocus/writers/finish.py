@@ -202,7 +202,7 @@ def _complete(
             continue
         index = complete(line["index"])
         channel = header.series.channels[index["c"]].name
-        done[plan.flat(index)] = _restored(line, channel, folder, images, restore)
+        done[plan.flat(index)] = _restore_frame(line, channel, folder, images, restore)
         on_frame()
     lines = [
         line | done[plan.flat(complete(line["index"]))] if is_unrestored(line) else line
@@ -216,7 +216,7 @@ def _complete(
     return len(done)
 
 
-def _restored(
+def _restore_frame(
     line: Line, channel: str, folder: Path, images: RunImages, restore: Restore
 ) -> Line:
     """Restore and store the frame of a line; return what the line then says of it."""

@@ -188,7 +188,7 @@ class JournalFile:
             self._end = intact_bytes(path)
             # Unbuffered: what `append` returned from has left this process.
             self._file = path.open("r+b", buffering=0)
-            self._cut()
+            self._drop_partial_line()
         except OSError as error:
             raise self._failure(error) from error
 
@@ -215,7 +215,7 @@ class JournalFile:
         except OSError as error:
             failure = self._failure(error)
             try:
-                self._cut()
+                self._drop_partial_line()
             except OSError as second:
                 failure.add_note(f"what was written of it stays: {second.strerror}")
             raise failure from error
@@ -262,7 +262,7 @@ class JournalFile:
             f"what is in '{folder}' now was never acknowledged"
         )
 
-    def _cut(self) -> None:
+    def _drop_partial_line(self) -> None:
         """Drop what follows the last whole line."""
         self._file.truncate(self._end)
         self._file.seek(self._end)

@@ -243,7 +243,7 @@ class _Strays:
                 stray.setdefault(self._plan.flat(place), (place, set()))[1].add(name)
             if len(free) == sum(map(self._plan.contains, places)):
                 alone.append(([self._plan.flat(place) for place in free], shard.path))
-        self.frames = self._sound(list(stray.values()))
+        self.frames = self._whole_frames(list(stray.values()))
         sound = {self._plan.flat(row.index) for row in self.frames if row.index}
         self.unsound = [path for flats, path in alone if not sound.intersection(flats)]
         """Shards without a frame that is, or now gets, in the journal."""
@@ -251,7 +251,7 @@ class _Strays:
     def _is_free(self, place: Index) -> bool:
         return self._plan.contains(place) and place not in self._taken
 
-    def _sound(self, stray: list[tuple[Index, set[str]]]) -> list[_Row]:
+    def _whole_frames(self, stray: list[tuple[Index, set[str]]]) -> list[_Row]:
         """Return a row for every place that holds a whole frame."""
         plausible = [one for one in stray if one[0]["t"] < self._limit]
         longest = max((index["t"] + 1 for index, _ in plausible), default=0)
@@ -277,11 +277,11 @@ def _merge(
 
     A recovered frame gets the sequence that its rank among its neighbours says.
     """
-    merging = _Merging(_found_missing(known, recovered, plan), recovered, plan)
+    merging = _Merging(_fill_gaps(known, recovered, plan), recovered, plan)
     return merging.rows(stop)
 
 
-def _found_missing(known: list[_Row], recovered: list[_Row], plan: Plan) -> list[_Row]:
+def _fill_gaps(known: list[_Row], recovered: list[_Row], plan: Plan) -> list[_Row]:
     """Put recovered frames where the journal says that they are missing."""
     by_place = {plan.flat(row.index): row for row in recovered if row.index}
     rows = []

@@ -335,7 +335,9 @@ def parse_error(
     """Translate the parser's errors about an ONNX file; the first names the cause."""
     where = f"engine '{request.name}': {library.name} {library.release}"
     if not faults:
-        return EngineError(f"{where} cannot read '{request.model}': {_said(library)}")
+        return EngineError(
+            f"{where} cannot read '{request.model}': {_first_error(library)}"
+        )
     fault, code = faults[0], faults[0].code().name
     if code == "MODEL_DESERIALIZE_FAILED":
         return EngineError(
@@ -351,13 +353,13 @@ def parse_error(
     reason = fault.desc().strip()
     remedy = _remedy(reason) or f"export the network without it, {_ELSEWHERE}"
     return EngineError(
-        f"{where} refuses {node} of '{request.model}': {_short(reason)}; {remedy}"
+        f"{where} refuses {node} of '{request.model}': {_reason_in(reason)}; {remedy}"
     )
 
 
 def build_error(library: TensorRt, request: GpuRequest) -> EngineError:
     """Translate the log of a build that gave no plan."""
-    message = _said(library)
+    message = _first_error(library)
     shapes = ", ".join(
         f"{name} {shape.smallest} to {shape.largest}"
         for name, shape in request.inputs.items()
@@ -365,7 +367,7 @@ def build_error(library: TensorRt, request: GpuRequest) -> EngineError:
     remedy = _remedy(message) or f"see the log with --verbose, {_ELSEWHERE}"
     return EngineError(
         f"engine '{request.name}': {library.name} {library.release} cannot build "
-        f"'{request.model}' for {shapes}: {_short(message)}; {remedy}"
+        f"'{request.model}' for {shapes}: {_reason_in(message)}; {remedy}"
     )
 
 
@@ -373,11 +375,11 @@ def load_error(
     library: TensorRt, engine: str, runtime: Any, plan: bytes
 ) -> EngineError:
     """Explain why a plan was not loaded; TensorRT for RTX names the reasons itself."""
-    message = _said(library)
+    message = _first_error(library)
     reasons = why_invalid(library, runtime, plan)
     explained = [words for name, words in _INVALID.items() if name in reasons]
     where = f"engine '{engine}': {library.name} {library.release} cannot load its plan"
-    cause = f"{', '.join(explained) or _short(message)}"
+    cause = f"{', '.join(explained) or _reason_in(message)}"
     # Otherwise it is the driver or the memory, and a new plan would fail likewise.
     if reasons & _PLANS_FAULT or "Serialization" in message:
         return UnusablePlanError(
@@ -387,7 +389,7 @@ def load_error(
     return EngineError(f"{where}: {cause}; {remedy}")
 
 
-def _said(library: TensorRt) -> str:
+def _first_error(library: TensorRt) -> str:
     """Return the first error of the log: what follows are its consequences."""
     errors = library.logger.errors
     return str(errors[0]) if errors else "it gives no reason"
@@ -397,7 +399,7 @@ def _remedy(message: str) -> str | None:
     return next((remedy for words, remedy in _REMEDIES if words in message), None)
 
 
-def _short(message: str) -> str:
+def _reason_in(message: str) -> str:
     """Cut TensorRT's own source places and everything after the first sentence."""
     first = message.split("\n")
     # The parser repeats the node's name in a line of its own before the reason.
