@@ -81,7 +81,7 @@ def _leave_engines(ended: list[int]) -> None:
     """
     import threading
 
-    opening = any(one.name == "rtfocus-device" for one in threading.enumerate())
+    opening = any(thread.name == "rtfocus-device" for thread in threading.enumerate())
     if _INTERRUPTED in ended and opening:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -373,8 +373,8 @@ def _refuse_broken(broken: list[BrokenImage], done: int, what: str, how: str) ->
     """Name what could not be read, after everything else was done."""
     if not broken:
         return
-    _tell(f"broken: {one.reason}" for one in broken)
-    names = named(one.path for one in broken)
+    _tell(f"broken: {image.reason}" for image in broken)
+    names = named(image.path for image in broken)
     count = number_of(len(broken), "image")
     msg = f"{count} cannot be read: {names}; {number_of(done, what)} {how}"
     raise (IncompleteError if done else InputError)(msg)

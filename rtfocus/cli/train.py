@@ -391,6 +391,6 @@ def _show(sheets: list[ScoreSheet]) -> None:
                 if row[0] == name:
                     table.add_row(*row[1:])
             console.print(table)
-    for one in sheets:
-        if why := one.nothing_found():
+    for sheet in sheets:
+        if why := sheet.nothing_found():
             console.print(escape(why), highlight=False, soft_wrap=True)

@@ -97,9 +97,9 @@ def folder_set(folder: Path, optics: OpticalSystem, *, offset_counts: float) -> 
         raise InputError(msg)
     title = f"{folder.name}: {len(pairs)} pairs; range 255 or that of the sharp image"
     pairs += [
-        Field.unread(f"{place.name} {one.path.stem}", one.reason)
+        Field.unread(f"{place.name} {broken.path.stem}", broken.reason)
         for place, images in found.items()
-        for one in images.broken
+        for broken in images.broken
     ]
     return DataSet(folder.name, title, optics, offset_counts, tuple(pairs))
 

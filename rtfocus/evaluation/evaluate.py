@@ -120,21 +120,24 @@ class ScoreSheet:
     """Frames that it was given."""
     _times: list[tuple[float, float]] = field(default_factory=list)
 
-    def take(self, one: Measured) -> None:
+    def take(self, measured: Measured) -> None:
         """Add the next frame of the data set."""
         self.measured += 1
-        if one.image is not None and len(self.images) < SHOWN:
-            self.images[one.name] = one.image
-        if one.scored is not None:
-            self.frames.append(one.scored)
-        if one.errors is not None:
-            unchanged = one.scored is not None and one.scored.before.psnr_db == EQUAL_DB
+        if measured.image is not None and len(self.images) < SHOWN:
+            self.images[measured.name] = measured.image
+        if measured.scored is not None:
+            self.frames.append(measured.scored)
+        if measured.errors is not None:
+            unchanged = (
+                measured.scored is not None
+                and measured.scored.before.psnr_db == EQUAL_DB
+            )
             self.errors = self.errors or ErrorScore()
-            self.errors.add(*one.errors, in_focus=unchanged)
-        if one.tiles is not None:
-            self._take_tiles(one.group, one.tiles)
-        if one.ms_per_megapixel is not None:
-            self._times.append(one.ms_per_megapixel)
+            self.errors.add(*measured.errors, in_focus=unchanged)
+        if measured.tiles is not None:
+            self._take_tiles(measured.group, measured.tiles)
+        if measured.ms_per_megapixel is not None:
+            self._times.append(measured.ms_per_megapixel)
 
     def finish(self) -> Self:
         """Find the medians once all frames are there."""
@@ -179,15 +182,15 @@ class ScoreSheet:
         """
         if not self.frames:
             return {}
-        changed = [one for one in self.frames if one.before.psnr_db < EQUAL_DB]
+        changed = [frame for frame in self.frames if frame.before.psnr_db < EQUAL_DB]
         groups = {"all": changed or self.frames}
-        for one in self.frames:
-            groups.setdefault(one.group, []).append(one)
+        for frame in self.frames:
+            groups.setdefault(frame.group, []).append(frame)
         return {name: mean_figures(frames) for name, frames in groups.items()}
 
 
 def evaluate(
-    one: Contender,
+    contender: Contender,
     data: DataSet,
     config: Config,
     *,
@@ -197,7 +200,7 @@ def evaluate(
 
     Parameters
     ----------
-    one
+    contender
         The contender.
     data
         The frames.
@@ -213,8 +216,8 @@ def evaluate(
     InputError
         If a frame cannot be read.
     """
-    sheet = ScoreSheet(one, data)
-    with Measuring(one, data, config) as measuring:
+    sheet = ScoreSheet(contender, data)
+    with Measuring(contender, data, config) as measuring:
         for sample in data.samples():
             sheet.take(measuring.measure(sample))
             on_frame()
@@ -230,10 +233,10 @@ class Measuring(Closing):
         As of `evaluate`.
     """
 
-    def __init__(self, one: Contender, data: DataSet, config: Config) -> None:
-        self._one, self._data = one, data
+    def __init__(self, contender: Contender, data: DataSet, config: Config) -> None:
+        self._one, self._data = contender, data
         self._processor: ImageProcessor | None = None
-        if not one.is_told_the_defocus:
+        if not contender.is_told_the_defocus:
             self._processor = ImageProcessor(config)
         self._ranking = Ranking(config, data)
         self._seen: set[object] = set()
@@ -246,18 +249,18 @@ class Measuring(Closing):
         EngineError
             If the engine cannot run.
         """
-        one, processor = self._one, self._processor
+        contender, processor = self._one, self._processor
         if processor is None:
-            restored = restore_exactly(one.method, self._data, sample)
+            restored = restore_exactly(contender.method, self._data, sample)
             return _measured(sample, restored)
         start = time.perf_counter(), time.process_time()
-        result = (processor.restore if one.restores else processor.classify)(
+        result = (processor.restore if contender.restores else processor.classify)(
             sample.pixels
         )
         elapsed = time.perf_counter() - start[0], time.process_time() - start[1]
         tiles = None
-        if one.estimates:
-            tiles = _compare_tiles(one, self._data, sample, result, self._ranking)
+        if contender.estimates:
+            tiles = _compare_tiles(contender, self._data, sample, result, self._ranking)
         return replace(
             _measured(sample, result.restored),
             tiles=tiles,
@@ -288,7 +291,7 @@ def mean_figures(frames: list[Scored]) -> dict[str, Any]:
     """Return the mean figures of some frames as plain numbers."""
 
     def mean(side: str, name: str) -> float:
-        return float(np.mean([getattr(getattr(one, side), name) for one in frames]))
+        return float(np.mean([getattr(getattr(frame, side), name) for frame in frames]))
 
     figures: dict[str, Any] = {"frames": len(frames)}
     for side in ("before", "after"):
@@ -298,7 +301,7 @@ def mean_figures(frames: list[Scored]) -> dict[str, Any]:
             "pcc": round(mean(side, "pcc"), 4),
             "mse": float(f"{mean(side, 'mse'):.5g}"),
         }
-    gains = [one.after.psnr_db - one.before.psnr_db for one in frames]
+    gains = [frame.after.psnr_db - frame.before.psnr_db for frame in frames]
     figures["gain_db"] = round(float(np.mean(gains)), 3)
     figures["worst_gain_db"] = round(min(gains), 3)
     figures["worst_frame"] = frames[int(np.argmin(gains))].name
@@ -363,18 +366,18 @@ def _figures(truth: NDArray[Any], image: NDArray[Any], span: float) -> Figures:
 
 
 def _compare_tiles(
-    one: Contender,
+    contender: Contender,
     data: DataSet,
     sample: Sample,
     result: FrameResult,
     ranking: Ranking,
 ) -> FoundTiles | None:
     """Compare the tiles that hold a specimen with the known defocus."""
-    engine, found = one.engine, result.defocus
+    engine, found = contender.engine, result.defocus
     if engine is None or found is None or sample.defocus_um is None:
         return None
     levels, _ = parts(engine.card)
-    step = step_um(engine.card, data.optics, blind=one.blind)
+    step = step_um(engine.card, data.optics, blind=contender.blind)
     lowest, highest = _comparable(sample, signed=levels.signed and not sample.even)
     used = _specimen_tiles(sample, found)
     error_um, stated_um = np.zeros(0), None
@@ -395,7 +398,7 @@ def _compare_tiles(
         true=true,
         level=level.astype(np.int64),
         confidence=found.confidence[used],
-        ranks=np.min([ranking.ranks(sample, one, used) for one in right], axis=0),
+        ranks=np.min([ranking.ranks(sample, own, used) for own in right], axis=0),
         error_um=error_um,
         stated_um=stated_um,
         sided=levels.signed and sample.sided,
@@ -405,7 +408,7 @@ def _compare_tiles(
 def _labels(output: OutputCard | None) -> tuple[int, ...]:
     """Return the levels an engine can name, ascending."""
     labels = [] if output is None else output.labels
-    return tuple(sorted(int(one) for one in labels if one != BACKGROUND_LABEL))
+    return tuple(sorted(int(label) for label in labels if label != BACKGROUND_LABEL))
 
 
 def _comparable(sample: Sample, *, signed: bool) -> tuple[float, float]:

@@ -196,7 +196,7 @@ def packages(folder: Path) -> DataSet:
             f"python -m bench.package_images --data {folder}"
         )
         raise InputError(msg)
-    kinds = [Kind(one.stem, str(one.relative_to(folder))) for one in files]
+    kinds = [Kind(file.stem, str(file.relative_to(folder))) for file in files]
     return _shown_kinds("packages", kinds, folder)
 
 
@@ -437,7 +437,7 @@ def own_set(
         for title, path, blurred in fields:
             sharp = counts(read(path, path))
             shown = [(SHARP_GROUP, sharp)]
-            shown += [(OWN_PLANES, counts(read(one, path))) for one in blurred]
+            shown += [(OWN_PLANES, counts(read(plane, path))) for plane in blurred]
             for n, (group, pixels) in enumerate(shown):
                 said = f"{title} {group} {n or ''}".strip()
                 yield Sample(said, pixels, sharp, None, group, _OWN_PHOTONS)

@@ -46,13 +46,13 @@ def save_side_by_side(path: Path, data: DataSet, sheets: Sequence[ScoreSheet]) -
     bool
         False: there is nothing to show.
     """
-    with_images = [one for one in sheets if one.images]
+    with_images = [sheet for sheet in sheets if sheet.images]
     if not with_images:
         return False
     # A field may have failed for one of them.
-    names = set.intersection(*(set(one.images) for one in with_images))
+    names = set.intersection(*(set(sheet.images) for sheet in with_images))
     pixel_um = data.optics.pixel_size_um
-    rows = [_row(one, with_images, pixel_um) for one in data.named(names)]
+    rows = [_row(sample, with_images, pixel_um) for sample in data.named(names)]
     if not rows:
         return False
     panels = [panel for row in rows for panel in row]
@@ -98,15 +98,15 @@ def _row(sample: Sample, sheets: Sequence[ScoreSheet], pixel_um: float) -> list[
     like = sample.pixels if sample.sharp is None else sample.sharp
     window = _window(like)
     low, high = np.percentile(_grey(like)[window], (0.5, 99.9))
-    before = {one.name: one for one in sheets[0].frames}.get(sample.name)
+    before = {frame.name: frame for frame in sheets[0].frames}.get(sample.name)
     caption = sample.name
     if before is not None:
         caption += f"  {before.before.psnr_db:.1f} dB"
     images = [(caption, sample.pixels)]
-    for one in sheets:
-        scored = {frame.name: frame for frame in one.frames}.get(sample.name)
+    for sheet in sheets:
+        scored = {frame.name: frame for frame in sheet.frames}.get(sample.name)
         suffix = f"  {scored.after.psnr_db:.1f} dB" if scored else ""
-        images.append((f"{one.contender.title}{suffix}", one.images[sample.name]))
+        images.append((f"{sheet.contender.title}{suffix}", sheet.images[sample.name]))
     if sample.sharp is not None:
         images.append(("sharp", sample.sharp))
     return [
@@ -180,11 +180,15 @@ ERROR_COLUMNS = (
 def tables(sheets: Sequence[ScoreSheet]) -> list[tuple[str, tuple[str, ...], Rows]]:
     """Return title, columns and rows of every table."""
     # By data set; contenders within as they were given.
-    sets = list(dict.fromkeys(one.data.name for one in sheets))
-    ordered = sorted(sheets, key=lambda one: sets.index(one.data.name))
-    restored = [_restored(one) for one in ordered if one.frames]
-    levels = [_levels(one, one.levels) for one in ordered if one.levels is not None]
-    errors = [_errors(one, one.errors) for one in ordered if one.errors is not None]
+    sets = list(dict.fromkeys(sheet.data.name for sheet in sheets))
+    ordered = sorted(sheets, key=lambda sheet: sets.index(sheet.data.name))
+    restored = [_restored(sheet) for sheet in ordered if sheet.frames]
+    levels = [
+        _levels(sheet, sheet.levels) for sheet in ordered if sheet.levels is not None
+    ]
+    errors = [
+        _errors(sheet, sheet.errors) for sheet in ordered if sheet.errors is not None
+    ]
     return [
         ("restored images", RESTORED_COLUMNS, restored),
         ("defocus of tiles", LEVEL_COLUMNS, levels),
@@ -192,18 +196,18 @@ def tables(sheets: Sequence[ScoreSheet]) -> list[tuple[str, tuple[str, ...], Row
     ]
 
 
-def _errors(one: ScoreSheet, score: ErrorScore) -> list[str]:
+def _errors(sheet: ScoreSheet, score: ErrorScore) -> list[str]:
     cells = ["" if x is None else f"{x:g}" for x in score.summary().values()]
-    return [one.data.name, one.contender.title, *cells]
+    return [sheet.data.name, sheet.contender.title, *cells]
 
 
-def _restored(one: ScoreSheet) -> list[str]:
-    groups = one.groups()
+def _restored(sheet: ScoreSheet) -> list[str]:
+    groups = sheet.groups()
     everything, sharp = groups["all"], groups.get(SHARP_GROUP)
     before, after = everything["before"], everything["after"]
     return [
-        one.data.name,
-        one.contender.title,
+        sheet.data.name,
+        sheet.contender.title,
         f"{before['psnr_db']:.2f}",
         f"{after['psnr_db']:.2f}",
         f"{everything['gain_db']:+.2f}",
@@ -212,11 +216,11 @@ def _restored(one: ScoreSheet) -> list[str]:
         f"{after['pcc']:.4f}",
         f"{after['mse']:.4g}",
         "" if sharp is None else f"{sharp['after']['psnr_db']:.1f}",
-        *_cost(one),
+        *_cost(sheet),
     ]
 
 
-def _levels(one: ScoreSheet, score: LevelScore) -> list[str]:
+def _levels(sheet: ScoreSheet, score: LevelScore) -> list[str]:
     summary = score.summary()
     shares = (
         summary["accuracy"],
@@ -230,22 +234,22 @@ def _levels(one: ScoreSheet, score: LevelScore) -> list[str]:
     )
     error_um = summary["mean_error_um"]
     return [
-        one.data.name,
-        one.contender.title,
+        sheet.data.name,
+        sheet.contender.title,
         str(summary["tiles"]),
         *map(_share, shares),
         "" if error_um is None else f"{error_um:.2f}",
-        *_cost(one),
+        *_cost(sheet),
     ]
 
 
-def _cost(one: ScoreSheet) -> list[str]:
-    operations = one.contender.multiply_adds_per_pixel()
+def _cost(sheet: ScoreSheet) -> list[str]:
+    operations = sheet.contender.multiply_adds_per_pixel()
     return [
         "" if operations is None else f"{operations:,.0f}",
         *(
             "" if milliseconds is None else f"{milliseconds:,.0f}"
-            for milliseconds in (one.ms_per_megapixel, one.cpu_ms_per_megapixel)
+            for milliseconds in (sheet.ms_per_megapixel, sheet.cpu_ms_per_megapixel)
         ),
     ]
 
@@ -309,8 +313,8 @@ def as_json(
         "rtfocus": __version__,
         "taken": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": taken_on or with_load(),
-        "data": {one.data.name: one.data.title for one in sheets},
-        "outcomes": [_sheet(one) for one in sheets],
+        "data": {sheet.data.name: sheet.data.title for sheet in sheets},
+        "outcomes": [_sheet(sheet) for sheet in sheets],
     }
 
 
@@ -324,38 +328,38 @@ def markdown(
     """Return the tables in Markdown."""
     place = taken_on or with_load()
     lines = ["# Evaluation", "", f"`{command}`", "", f"Machine: {place}.", ""]
-    titles = {one.data.name: one.data.title for one in sheets}
+    titles = {sheet.data.name: sheet.data.title for sheet in sheets}
     lines += [f"- **{name}**: {title}" for name, title in titles.items()]
-    lines += [f"- {why}" for one in sheets if (why := one.nothing_found())]
+    lines += [f"- {why}" for sheet in sheets if (why := sheet.nothing_found())]
     if lacking:
         lines += ["", "**Failed, and in no figure:**", ""]
         lines += [f"- {line}" for line in lacking]
     for title, columns, rows in tables(sheets):
         if rows:
             lines += ["", f"## {title.capitalize()}", "", *table(columns, rows)]
-    by_group = [line for one in sheets for line in _groups(one)]
+    by_group = [line for sheet in sheets for line in _groups(sheet)]
     if by_group:
         lines += ["", "## By group", "", *by_group]
     return "\n".join(lines) + "\n"
 
 
-def _sheet(one: ScoreSheet) -> dict[str, Any]:
-    contender = one.contender
+def _sheet(sheet: ScoreSheet) -> dict[str, Any]:
+    contender = sheet.contender
     return {
         "engine": contender.name,
         "title": contender.title,
         "kind": "builtin" if contender.engine is None else contender.engine.card.kind,
         "classifier": contender.classifier and Path(contender.classifier).name,
         "blind": contender.blind,
-        "data": one.data.name,
+        "data": sheet.data.name,
         "multiply_adds_per_pixel": contender.multiply_adds_per_pixel(),
-        "ms_per_megapixel": one.ms_per_megapixel,
-        "cpu_ms_per_megapixel": one.cpu_ms_per_megapixel,
-        "restored": one.groups(),
-        "expected_error": one.errors.summary() if one.errors else None,
-        "levels": None if one.levels is None else one.levels.summary(),
+        "ms_per_megapixel": sheet.ms_per_megapixel,
+        "cpu_ms_per_megapixel": sheet.cpu_ms_per_megapixel,
+        "restored": sheet.groups(),
+        "expected_error": sheet.errors.summary() if sheet.errors else None,
+        "levels": None if sheet.levels is None else sheet.levels.summary(),
         "levels_by_group": {
-            name: score.summary() for name, score in one.levels_by_group.items()
+            name: score.summary() for name, score in sheet.levels_by_group.items()
         },
         "frames": [
             {
@@ -363,14 +367,14 @@ def _sheet(one: ScoreSheet) -> dict[str, Any]:
                 "before_db": round(frame.before.psnr_db, 3),
                 "after_db": round(frame.after.psnr_db, 3),
             }
-            for frame in one.frames
+            for frame in sheet.frames
         ],
     }
 
 
-def _groups(one: ScoreSheet) -> list[str]:
+def _groups(sheet: ScoreSheet) -> list[str]:
     """Return a small table of one contender on one data set, by group."""
-    images, levels = one.groups(), one.levels_by_group
+    images, levels = sheet.groups(), sheet.levels_by_group
     names = [name for name in dict.fromkeys([*images, *levels]) if name != "all"]
     if len(names) < 2:
         return []
@@ -386,7 +390,7 @@ def _groups(one: ScoreSheet) -> list[str]:
             row[4:] = (str(score[key]) for key in ("tiles", "accuracy", "within_one"))
         rows.append(row)
     columns = ("group", "before dB", "after dB", "SSIM", "tiles", "right", "within one")
-    heading = f"**{one.contender.title}** on {one.data.name}"
+    heading = f"**{sheet.contender.title}** on {sheet.data.name}"
     return [heading, "", *table(columns, rows), ""]
 
 
@@ -410,7 +414,9 @@ def report_names(contenders: Sequence[Contender], sets: Sequence[str]) -> list[s
         Names of the data sets.
     """
     pictures = [_images_name(name) for name in sets]
-    pictures += [_confusion_name(one, name) for one in contenders for name in sets]
+    pictures += [
+        _confusion_name(contender, name) for contender in contenders for name in sets
+    ]
     return [JSON_NAME, MARKDOWN_NAME, *pictures]
 
 
@@ -418,21 +424,23 @@ def _images_name(data: str) -> str:
     return f"images_{portable_name(data)}.png"
 
 
-def _confusion_name(one: Contender, data: str) -> str:
-    row = one.title.replace(", ", "_").replace(" ", "_")
+def _confusion_name(contender: Contender, data: str) -> str:
+    row = contender.title.replace(", ", "_").replace(" ", "_")
     return portable_name(f"confusion_{row}_{data}") + ".png"
 
 
 def _pictures(folder: Path, sheets: Sequence[ScoreSheet]) -> list[Path]:
     paths = []
-    for name, data in {one.data.name: one.data for one in sheets}.items():
+    for name, data in {sheet.data.name: sheet.data for sheet in sheets}.items():
         path = folder / _images_name(name)
-        same = [one for one in sheets if one.data.name == name]
+        same = [sheet for sheet in sheets if sheet.data.name == name]
         if save_side_by_side(path, data, same):
             paths.append(path)
-    for one in sheets:
-        if one.levels is not None and one.levels.tiles:
-            path = folder / _confusion_name(one.contender, one.data.name)
-            save_confusion(path, f"{one.contender.title}, {one.data.name}", one.levels)
+    for sheet in sheets:
+        if sheet.levels is not None and sheet.levels.tiles:
+            path = folder / _confusion_name(sheet.contender, sheet.data.name)
+            save_confusion(
+                path, f"{sheet.contender.title}, {sheet.data.name}", sheet.levels
+            )
             paths.append(path)
     return paths

@@ -283,11 +283,11 @@ def _root(values: Floats) -> float:
     return float(np.sqrt(np.square(values).mean()))
 
 
-def rank_correlation(one: Floats, other: Floats) -> float | None:
+def rank_correlation(first: Floats, other: Floats) -> float | None:
     """Return Spearman's coefficient; None of few, or where all are alike."""
-    if one.size < _FEWEST or not (np.ptp(one) and np.ptp(other)):
+    if first.size < _FEWEST or not (np.ptp(first) and np.ptp(other)):
         return None
-    return round(pearson(_ranks(one), _ranks(other)), 3)
+    return round(pearson(_ranks(first), _ranks(other)), 3)
 
 
 def _ranks(values: Floats) -> Floats:
