@@ -90,9 +90,12 @@ def write_position_set(folder: Path, positions: int = 3) -> list[Path]:
 
 
 def write_ndtiff(
-    folder: Path, axes: list[dict[str, int | str]], summary: dict[str, object]
+    folder: Path,
+    axes: list[dict[str, int | str]],
+    summary: dict[str, object],
+    told: dict[int, dict[str, float]] | None = None,
 ) -> Path:
-    """An NDTiff data set, frame n flat with 1000 + n; format version 3.
+    """An NDTiff data set, frame n flat with 1000 + n and `told` of n; version 3.
 
     https://github.com/micro-manager/NDTiffStorage
     """
@@ -104,7 +107,8 @@ def write_ndtiff(
     for number, one in enumerate(axes):
         offset = len(pixels)
         pixels += flat(1000 + number, "<u2").tobytes()
-        about = json.dumps({"PixelSizeUm": 0.325}).encode()
+        about = json.dumps({"PixelSizeUm": 0.325, **(told or {}).get(number, {})})
+        about = about.encode()
         at = len(pixels)
         pixels += about
         key, name = json.dumps(one).encode(), b"set_NDTiffStack.tif"

@@ -31,7 +31,7 @@ COLUMNS = (
     *("image", "name", "plate", "well", "field", "position", "channel"),
     *("t", "c", "z", "z_um", "z_offset_um"),
     *("level", "defocus_um", "signed", "uncertainty_um", "confidence"),
-    *("from_focus_planes", "from_focus_um"),
+    *("from_focus_planes", "from_focus_um", "from_focus_z_um"),
     *("foreground", "out_of_focus", "classifier", "optics", "status", "why"),
 )
 """Of the table that ``classify`` writes, called as in its JSON and in a run's table."""
@@ -298,11 +298,15 @@ def stack_row(
     found = focus_of_stack(np.arange(len(planes)), np.array(distances, np.float64))
     step_um = series.z_step_um if axis == "z" else None
     focus = None if found.z is None else round(found.z, 2)
+    rises = series.z_rises if axis == "z" else None
     if focus is not None:
         for number, row in enumerate(planes):
             row["from_focus_planes"] = round(number - focus, 2)
             if step_um is not None:
                 row["from_focus_um"] = round((number - focus) * step_um, 6)
+            if step_um is not None and rises is not None:
+                signed_um = step_um if rises else -step_um
+                row["from_focus_z_um"] = round((number - focus) * signed_um, 6)
     known = image_row(series) | {"channel": planes[0]["channel"]}
     return known | {
         "index": {k: n for k, n in planes[0]["index"].items() if k != axis},
@@ -312,6 +316,7 @@ def stack_row(
         "place": found.place,
         "focus_plane": focus,
         "focus_offset_um": step_um and focus and round(focus * step_um, 6),
+        "z_rises": rises,
         "likely": [one and round(one, 2) for one in (found.low, found.high)],
         "explained": round(found.explained, 3),
         "why": found.why,
@@ -335,13 +340,14 @@ def plane_row(
         **image_row(series),
         "channel": names[index["c"]] if names else None,
         "index": index,
-        # Files tell of the stage at the first plane alone.
-        "z_um": series.stage and (None if any(index.values()) else series.stage.z_um),
+        # Where the stage was, files tell of their first stack alone.
+        "z_um": None if index["t"] or index["c"] else series.slices_um[index["z"]],
         "z_offset_um": of_stack if index["z"] else 0.0,
         "shape": list(series.shape),
         "estimate": estimate and {name: getattr(estimate, name) for name in keys},
         "from_focus_planes": None,
         "from_focus_um": None,
+        "from_focus_z_um": None,
         "foreground": estimate and estimate.foreground,
         **_shares(result.defocus),
         "classifier": result.engines.get("classifier"),

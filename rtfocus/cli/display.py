@@ -397,6 +397,8 @@ def _stack_line(stack: Mapping[str, Any]) -> str:
     if stack["place"] == "within":
         um = stack["focus_offset_um"]
         beyond = "" if um is None else f", {um:.4g} um from the first"
+        if um is not None and (rises := stack["z_rises"]) is not None:
+            beyond += f" towards {'higher' if rises else 'lower'} z"
         text = f"in focus at plane {stack['focus_plane']:.1f} of 0 to {last}{beyond}"
         text += f" (likely {max(low, 0):.1f} to {min(high, last):.1f})"
     elif stack["place"] == "below":

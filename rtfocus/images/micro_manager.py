@@ -23,7 +23,9 @@ from rtfocus.images.series import (
     Facts,
     ImageChannel,
     ImageSeries,
+    StagePosition,
     native_dtype,
+    rising,
 )
 from rtfocus.images.tiff import read_tiff
 from rtfocus.images.tiff_file import frame_facts, known_facts, summary_facts
@@ -94,8 +96,7 @@ def read_ndtiff(folder: Path) -> list[ImageSeries]:
         if not frames:
             msg = f"'{folder}' holds no image: its {INDEX} is empty or broken"
             raise InputError(msg)
-        facts = _ndtiff_facts(frames[0])
-        return list(_images(folder, frames, facts, _read_ndtiff))
+        return list(_images(folder, frames, _ndtiff_facts, _read_ndtiff))
     except InputError:
         raise
     # A damaged index makes the parser raise whatever it stumbles over.
@@ -125,17 +126,44 @@ def _ndtiff_frames(folder: Path) -> Iterator[Frame]:
         )
 
 
-def _ndtiff_facts(first: Frame) -> Facts:
-    """Return what the summary and the metadata of the first frame say."""
-    with tifffile.FileHandle(first.file) as file:
-        try:
+def _ndtiff_facts(frames: list[Frame]) -> Facts:
+    """Return what the summary and the metadata of the first frames say."""
+    try:
+        with tifffile.FileHandle(frames[0].file) as file:
             summary = tifffile.read_micromanager_metadata(file, {"Summary"})
-            file.seek(first.metadata[0])
-            frame = json.loads(file.read(first.metadata[1]))
-        except (OSError, ValueError, struct.error):
-            return {}
-    facts = {**summary_facts(summary.get("Summary") or {}), **frame_facts(frame)}
-    return known_facts(facts)  # type: ignore[arg-type] # both are Facts
+        stack = [frame_facts(_metadata(frame)) for frame in _first_stack(frames)]
+    except (OSError, ValueError, struct.error):
+        return {}
+    facts: Facts = {**summary_facts(summary.get("Summary") or {}), **stack[0]}
+    return facts | _of_stage(stack)
+
+
+def _metadata(frame: Frame) -> dict[str, Any]:
+    with frame.file.open("rb") as file:
+        file.seek(frame.metadata[0])
+        found = json.loads(file.read(frame.metadata[1]))
+    return found if isinstance(found, dict) else {}
+
+
+def _first_stack(frames: list[Frame]) -> list[Frame]:
+    """Return the first frame and the next above or below it, in the order of z."""
+    others = [
+        frame
+        for frame in frames
+        if {**frame.axes, "z": 0} == {**frames[0].axes, "z": 0}
+        and frame.axes.get("z") != frames[0].axes.get("z")
+    ]
+    return sorted(
+        (frames[0], *others[:1]),
+        key=lambda frame: _order((("z", frame.axes.get("z", 0)),)),
+    )
+
+
+def _of_stage(stack: list[Facts]) -> Facts:
+    """Return where the stage stood at the first frame, and which way z runs."""
+    places = [one.get("stage") or StagePosition() for one in stack]
+    rises = rising([place.z_um for place in places])
+    return known_facts({"stage": stack[0].get("stage"), "z_rises": rises})
 
 
 def _read_ndtiff(frame: Frame) -> NDArray[np.generic]:
@@ -181,10 +209,15 @@ def read_frames(folder: Path, files: list[Path]) -> list[ImageSeries]:
         "pixel_size_y_um": first.pixel_size_y_um,
         "pixel_size_x_um": first.pixel_size_x_um,
     }
-    facts: Facts = {**summary_facts(summary), **known_facts(known)}
+    common: Facts = {**summary_facts(summary), **known_facts(known)}
+
+    def facts_of(group: list[Frame]) -> Facts:
+        stack = [read_tiff(frame.file)[0].stage for frame in _first_stack(group)]
+        return common | _of_stage([{"stage": stage} for stage in stack])
+
     return [
         replace(image, files=(*image.files, *companions))
-        for image in _images(folder, frames, facts, _read_frame)
+        for image in _images(folder, frames, facts_of, _read_frame)
     ]
 
 
@@ -217,22 +250,22 @@ def _summary(path: Path) -> dict[str, Any]:
 def _images(
     folder: Path,
     frames: list[Frame],
-    facts: Facts,
+    facts_of: Callable[[list[Frame]], Facts],
     read: Callable[[Frame], NDArray[np.generic]],
 ) -> Iterator[ImageSeries]:
     """Yield one image per combination of the axes that are not t, c, z."""
-    names = _channel_names(frames, facts)
     groups: dict[tuple[tuple[str, Value], ...], list[Frame]] = {}
     for frame in frames:
         beyond = [(a, v) for a, v in frame.axes.items() if a not in _AXES]
         beyond.sort(key=lambda one: (one[0] == "column", one[0]))
         groups.setdefault(tuple(beyond), []).append(frame)
     files = tuple(dict.fromkeys(frame.file for frame in frames))
+    names = _channel_names(frames, facts_of(frames))
     for place in sorted(groups, key=_order):
         group = groups[place]
         label = "_".join(v if isinstance(v, str) else f"{a}{v}" for a, v in place)
         image = _image(folder, group, names, read)
-        merged: Facts = {**facts}
+        merged = facts = facts_of(group)
         merged["channels"] = _channels(names, facts, image.sizes["c"])
         if label:
             merged["position"] = label

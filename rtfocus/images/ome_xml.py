@@ -36,6 +36,8 @@ from rtfocus.images.series import (
     ImageSeries,
     PlatePlace,
     StagePosition,
+    rising,
+    slices_um,
     writable_text,
 )
 
@@ -137,8 +139,10 @@ def _write_image(root: Element, number: int, image: OmeImage, kind: str) -> None
     for c, channel in enumerate(facts.get("channels", ())):
         _write_channel(pixels, f"Channel:{number}:{c}", channel)
     SubElement(pixels, "MetadataOnly")
-    if place := _places_um(stage, "Position"):
-        SubElement(pixels, "Plane", {"TheZ": "0", "TheC": "0", "TheT": "0"} | place)
+    for z, z_um in enumerate(slices_um(facts, image.sizes["z"])):
+        if place := _places_um(replace(stage, z_um=z_um), "Position"):
+            told = {"TheZ": str(z), "TheC": "0", "TheT": "0"}
+            SubElement(pixels, "Plane", told | place)
 
 
 def _write_channel(pixels: Element, identity: str, channel: ImageChannel) -> None:
@@ -185,8 +189,8 @@ def _read_image(
             pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s")
         ),
         "channels": tuple(_channels(pixels)),
-        "stage": _stage(pixels),
         "place": place,
+        **_stage_facts(pixels),
     }
     label = _child(image, "StageLabel")
     if label is not None:
@@ -255,9 +259,16 @@ def _wavelength_nm(channel: Element, kind: str) -> float | None:
     return None if um is None else float(f"{1000 * um:.9g}")
 
 
-def _stage(pixels: Element) -> StagePosition | None:
-    plane = _child(pixels, "Plane")
-    return None if plane is None else _stage_of(plane, "Position")
+def _stage_facts(pixels: Element) -> Facts:
+    """Return where the stage stood at the first plane, and which way z runs."""
+    planes = list(_children(pixels, "Plane"))
+    first = [
+        one for one in planes if one.get("TheC", "0") == one.get("TheT", "0") == "0"
+    ]
+    first.sort(key=lambda one: finite(one.get("TheZ")) or 0)
+    stages = [_stage_of(one, "Position") for one in first or planes[:1]]
+    places = [finite(one.get("PositionZ")) for one in first]
+    return {"stage": stages[0] if stages else None, "z_rises": rising(places)}
 
 
 def _stage_of(element: Element, prefix: str) -> StagePosition | None:
@@ -394,11 +405,12 @@ def _ome_channels(like: ImageSeries) -> dict[str, object]:
 def _ome_planes(image: OutputImage) -> dict[str, object]:
     """Return where and when the planes were taken, as far as it is known."""
     like = image.like
-    facts = image.taken or [PlaneFacts()] * len(like)
     stage = like.stage or StagePosition()
+    taken = image.taken or [PlaneFacts()] * len(like)
     known = []
-    for one in facts:
-        at = stage if one.z_um is None else replace(stage, z_um=one.z_um)
+    for one, index in zip(taken, like.indices(), strict=True):
+        z_um = like.slices_um[index["z"]] if one.z_um is None else one.z_um
+        at = replace(stage, z_um=z_um)
         times = ("DeltaT", one.delta_s, "s"), ("ExposureTime", one.exposure_ms, "ms")
         known.append(_places_um(at, "Position") | _measures(times))
     return {"Plane": known} if any(known) else {}

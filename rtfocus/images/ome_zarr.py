@@ -431,6 +431,7 @@ def _with_ome(image: ImageSeries, one: OmeImage) -> ImageSeries:
         refractive_index=facts.get("refractive_index"),
         position=facts.get("position"),
         stage=facts.get("stage"),
+        z_rises=facts.get("z_rises"),
         place=image.place or facts.get("place"),
     )
 

@@ -6,8 +6,9 @@ a pixel size asks the user for it.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypedDict
 
@@ -134,7 +135,30 @@ class Facts(TypedDict, total=False):
     refractive_index: float | None
     position: str | None
     stage: StagePosition | None
+    z_rises: bool | None
     place: PlatePlace | None
+
+
+def slices_um(facts: Facts, count: int) -> list[float | None]:
+    """Return z of the stage at every slice of a stack; None: unknown."""
+    stage, step_um = facts.get("stage"), facts.get("z_step_um")
+    first_um, rises = None if stage is None else stage.z_um, facts.get("z_rises")
+    if first_um is None or step_um is None or rises is None:
+        return [first_um] + [None] * (count - 1)
+    signed_um = step_um if rises else -step_um
+    return [round(first_um + z * signed_um, 6) for z in range(count)]
+
+
+def rising(places: Sequence[float | None]) -> bool | None:
+    """Tell whether places grow from each to the next, or fall; None: neither.
+
+    >>> rising([1.0, 1.5, 2.5]), rising([3.0, 2.0]), rising([1.0, 1.0]), rising([1.0])
+    (True, False, None, None)
+    """
+    if None in places or len(places) < 2:
+        return None
+    steps = np.diff(np.array(places, np.float64))
+    return bool(steps[0] > 0) if (steps * steps[0] > 0).all() else None
 
 
 class IncompleteSetError(InputError):
@@ -201,6 +225,8 @@ class ImageSeries:
     """Name of the stage position."""
     stage: StagePosition | None = None
     """Where the stage stood at the first plane."""
+    z_rises: bool | None = None
+    """Whether its z grows from slice to slice, or falls; None: unknown."""
     place: PlatePlace | None = None
     unnamed_axes: str = ""
     """Of ``tcz`` those that the file does not call so."""
@@ -271,6 +297,12 @@ class ImageSeries:
             msg = f"{place} {loss}"
             raise InputError(msg)
         return np.ascontiguousarray(plane, dtype=self.dtype)
+
+    @cached_property
+    def slices_um(self) -> list[float | None]:
+        """Z of the stage at every slice; None: unknown."""
+        facts = Facts(stage=self.stage, z_step_um=self.z_step_um, z_rises=self.z_rises)
+        return slices_um(facts, self.sizes["z"])
 
     def indices(self) -> Iterator[dict[str, int]]:
         """Yield the index of every plane, t slowest, z fastest."""
@@ -412,39 +444,3 @@ def _is_exact(plane: NDArray[np.generic], top: int) -> bool:
         return False
     wide = plane.astype(np.float64)
     return bool(np.array_equal(wide.astype(np.float32).astype(np.float64), wide))
-
-
-def saturation_blocks(
-    pixels: NDArray[np.generic], level: float
-) -> tuple[int, NDArray[np.uint8] | None, int]:
-    """Count the saturated pixels of a frame, and say where they are.
-
-    Parameters
-    ----------
-    pixels
-        Shape (y, x) or (y, x, 3).
-    level
-        Counts from which on a pixel is saturated.
-
-    Returns
-    -------
-    tuple
-        Number of them; blocks of the frame, 1 where there is one, None: nowhere;
-        side of a block in pixels.
-    """
-    block_px = -(-max(pixels.shape[:2]) // 128)
-    # Most frames have none, and the largest count is found soonest.
-    if not float(pixels.max()) >= level:
-        return 0, None, block_px
-    # Whole numbers are compared with a whole number: no copy as floats.
-    limit = pixels.dtype.type(np.ceil(level)) if pixels.dtype.kind in "ui" else level
-    high: NDArray[np.bool_] = np.zeros(pixels.shape, bool)
-    np.greater_equal(pixels, limit, out=high)
-    if high.ndim == 3:
-        high = np.asarray(high.any(axis=2), bool)
-    number = int(np.count_nonzero(high))
-    rows, columns = (-(-side // block_px) for side in high.shape)
-    whole = np.zeros((rows * block_px, columns * block_px), bool)
-    whole[: high.shape[0], : high.shape[1]] = high
-    blocks = whole.reshape(rows, block_px, columns, block_px).any(axis=(1, 3))
-    return number, np.asarray(blocks, np.uint8), block_px

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ from rtfocus.images.series import (
     Facts,
     ImageChannel,
     StagePosition,
+    rising,
 )
+
+_MOST_PAGES = 256
+"""Looked at to see which way z runs."""
 
 MAX_OPEN_FILES = 64
 """Files kept open and parsed; macOS gives a process 256 handles."""
@@ -234,7 +239,7 @@ def plain_facts(file: tifffile.TiffFile) -> Facts:
     page = file.pages.first
     tag = page.tags.get("MicroManagerMetadata")
     if tag is not None and isinstance(tag.value, dict):
-        return frame_facts(tag.value)
+        return {**frame_facts(tag.value), **known_facts({"z_rises": _z_rises(file)})}
     unit = page.tags.get("ResolutionUnit")
     name = _UNITS.get(int(unit.value)) if unit is not None else None
     if name is None:
@@ -257,6 +262,7 @@ def imagej_facts(file: tifffile.TiffFile) -> Facts:
         "pixel_size_y_um": _imagej_pixel_um(page, "YResolution", y_unit),
         "pixel_size_x_um": _imagej_pixel_um(page, "XResolution", unit),
         "z_step_um": length_um(abs(spacing), z_unit) if spacing else None,
+        "z_rises": False if spacing and spacing < 0 else None,
         "time_step_s": time_s(
             metadata.get("finterval"), _text(metadata.get("tunit")) or "s"
         ),
@@ -291,14 +297,30 @@ def summary_facts(summary: dict[str, Any]) -> Facts:
         )
         for number, name in enumerate(_list(summary.get("ChNames")))
     )
+    step = finite(summary.get("z-step_um")) or 0.0
     facts: Facts = {
         "pixel_size_y_um": positive(summary.get("PixelSize_um")),
         "pixel_size_x_um": positive(summary.get("PixelSize_um")),
-        "z_step_um": positive(abs(finite(summary.get("z-step_um")) or 0.0)),
+        "z_step_um": positive(abs(step)),
+        "z_rises": False if step < 0 else None,
         "time_step_s": time_s(summary.get("Interval_ms"), "ms"),
         "channels": channels,
     }
     return known_facts(facts)
+
+
+def _z_rises(file: tifffile.TiffFile) -> bool | None:
+    """Return which way z runs in the first stack of Micro-Manager's pages."""
+    found: dict[int, float | None] = {}
+    first: list[object] | None = None
+    for page in islice(file.pages, _MOST_PAGES):
+        tag = page.aspage().tags.get("MicroManagerMetadata")
+        frame = tag.value if tag is not None and isinstance(tag.value, dict) else {}
+        stack = [frame.get(f"{axis}Index") for axis in ("Channel", "Frame", "Position")]
+        first = first or stack
+        if stack == first and isinstance(slice_ := frame.get("SliceIndex"), int):
+            found[slice_] = finite(frame.get("ZPositionUm"))
+    return rising([found[number] for number in sorted(found)])
 
 
 def frame_facts(frame: dict[str, Any]) -> Facts:

@@ -359,6 +359,7 @@ def _ome_image(like: ImageSeries) -> OmeImage:
             "time_step_s": like.time_step_s,
             "position": like.position,
             "stage": like.stage,
+            "z_rises": like.z_rises,
             "channels": like.channels if colours == 1 else (),
         },
     )

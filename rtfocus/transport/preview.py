@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from rtfocus.config.sections import PreviewConfig, TransportConfig
 from rtfocus.errors import RtfocusError, TransportError
 from rtfocus.frame import PROTOCOL_VERSION, Estimate, FrameHeader, FrameResult
-from rtfocus.images.series import saturation_blocks
 from rtfocus.transport.io_thread import IoThread, Recent, Waker
 from rtfocus.transport.sockets import (
     CLIENT,
@@ -40,6 +39,7 @@ from rtfocus.transport.viewer import (
     PreviewStatus,
     ShownSeries,
     maps_of,
+    saturation_blocks,
     unpack_request,
 )
 from rtfocus.workers import Newest

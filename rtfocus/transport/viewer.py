@@ -408,3 +408,39 @@ class PreviewViewer(Closing):
     def close(self) -> None:
         """Close the socket."""
         self._context.destroy(linger=0)
+
+
+def saturation_blocks(
+    pixels: NDArray[np.generic], level: float
+) -> tuple[int, NDArray[np.uint8] | None, int]:
+    """Count the saturated pixels of a frame, and say where they are.
+
+    Parameters
+    ----------
+    pixels
+        Shape (y, x) or (y, x, 3).
+    level
+        Counts from which on a pixel is saturated.
+
+    Returns
+    -------
+    tuple
+        Number of them; blocks of the frame, 1 where there is one, None: nowhere;
+        side of a block in pixels.
+    """
+    block_px = -(-max(pixels.shape[:2]) // 128)
+    # Most frames have none, and the largest count is found soonest.
+    if not float(pixels.max()) >= level:
+        return 0, None, block_px
+    # Whole numbers are compared with a whole number: no copy as floats.
+    limit = pixels.dtype.type(np.ceil(level)) if pixels.dtype.kind in "ui" else level
+    high: NDArray[np.bool_] = np.zeros(pixels.shape, bool)
+    np.greater_equal(pixels, limit, out=high)
+    if high.ndim == 3:
+        high = np.asarray(high.any(axis=2), bool)
+    number = int(np.count_nonzero(high))
+    rows, columns = (-(-side // block_px) for side in high.shape)
+    whole = np.zeros((rows * block_px, columns * block_px), bool)
+    whole[: high.shape[0], : high.shape[1]] = high
+    blocks = whole.reshape(rows, block_px, columns, block_px).any(axis=(1, 3))
+    return number, np.asarray(blocks, np.uint8), block_px

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from rtfocus.config.sections import CameraConfig
 from rtfocus.errors import InputError, RtfocusError
 from rtfocus.frame import Role, SeriesStart
-from rtfocus.images.series import saturation_blocks
 from rtfocus.monitor import FOCUS_LOG, LATENCIES
 from rtfocus.processing.camera import saturation_counts
 from rtfocus.runs import Kind as ImageName
@@ -32,6 +31,7 @@ from rtfocus.transport.viewer import (
     RequestLine,
     VerdictLine,
     focus_line,
+    saturation_blocks,
 )
 from rtfocus.view.codec import MAPS, Flag, Picture, PicturePlane, PlaneKind, map_plane
 from rtfocus.writers.header import JOURNAL_NAME

@@ -406,7 +406,7 @@ def test_a_table_tells_channel_and_z_where_the_file_knows_them(tmp_path):
     }
     assert rows == {
         ("0", "0"): ("GFP", "7.5", "0.0"),
-        ("0", "1"): ("GFP", "", "0.3"),
+        ("0", "1"): ("GFP", "7.8", "0.3"),
         ("1", "0"): ("µ-tubulin", "", "0.0"),
         ("1", "1"): ("µ-tubulin", "", "0.3"),
     }

@@ -122,6 +122,7 @@ def test_every_stack_has_the_focus_of_its_own_planes(images) -> None:
         assert row["z_offset_um"] == z / 2
         # Only of the first plane is the place of the stage known.
         assert row["z_um"] == (30 if (t, c, z) == (0, 0, 0) else None)
+        assert row["from_focus_z_um"] is None
     assert len(findings.stacks) == 4
     for stack in findings.stacks:
         focus = FOCI[stack["index"]["t"], stack["index"]["c"]]
@@ -129,6 +130,21 @@ def test_every_stack_has_the_focus_of_its_own_planes(images) -> None:
         assert stack["focus_offset_um"] == pytest.approx(stack["focus_plane"] / 2)
         assert (stack["axis"], stack["planes"], stack["assumed"]) == ("z", 10, False)
         assert (stack["well"], stack["field"]) == ("C1", 4)
+
+
+@pytest.mark.parametrize(("z_rises", "sign"), [(True, 1), (False, -1)])
+def test_planes_lie_above_or_below_focus_where_a_file_says_which_way_z_runs(
+    images, z_rises, sign
+) -> None:
+    stage = StagePosition(None, None, 30)
+    facts = {"z_step_um": 0.5, "stage": stage, "z_rises": z_rises}
+    images.turn_to([one := image({"t": 1, "c": 1, "z": 10}, **facts)])
+    planes = [(index, found(abs(index["z"] - 4) / 2)) for index in one.indices()]
+    findings = find_in(images, 0, planes, with_tiles=False)
+    assert findings.stacks[0]["z_rises"] is z_rises
+    for z, row in enumerate(findings.planes):
+        assert row["z_um"] == 30 + sign * z / 2
+        assert row["from_focus_z_um"] == sign * row["from_focus_um"]
 
 
 @pytest.mark.parametrize(

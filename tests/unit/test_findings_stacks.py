@@ -113,6 +113,7 @@ def stack(**known: Any) -> dict[str, Any]:
     """Return a stack as in the JSON of ``classify``."""
     said = {"place": "within", "focus_plane": 8.6, "focus_offset_um": 0.86}
     said |= {"likely": [8.2, 8.9], "planes": 17, "assumed": False, "why": None}
+    said |= {"z_rises": None}
     image = {"path": "s.tif", "name": "s", "index": {"t": 0, "c": 1}}
     return {**image, **said, **known}
 
@@ -125,6 +126,7 @@ def test_a_line_says_where_a_stack_is_in_focus() -> None:
         stack(place="below", likely=[None, 1.5], **ends),
         stack(place="above", likely=[14.25, None], **ends),
         stack(place="unknown", likely=[None, None], why="too dark", **ends),
+        stack(z_rises=False),
     ]
     assert list(told_of(Findings([], stacks), each=False)) == [
         "s.tif (s t0 c1): in focus at plane 8.6 of 0 to 16, 0.86 um from the first "
@@ -134,9 +136,11 @@ def test_a_line_says_where_a_stack_is_in_focus() -> None:
         "s.tif (s t0 c1): in focus at its first planes, to 1.5 of 16, or before them",
         "s.tif (s t0 c1): in focus at its last planes, from 14.2 of 16, or after them",
         "s.tif (s t0 c1): where it is in focus is not known: too dark",
+        "s.tif (s t0 c1): in focus at plane 8.6 of 0 to 16, 0.86 um from the first "
+        "towards lower z (likely 8.2 to 8.9)",
     ]
     (many, more) = told_of(Findings([], stacks * 9), each=True)
     assert many == (
-        "45 z-stacks: in focus within 18, at an end or beyond 18, not known of 9"
+        "54 z-stacks: in focus within 27, at an end or beyond 18, not known of 9"
     )
     assert more == "every stack: --json FILE"

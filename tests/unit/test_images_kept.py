@@ -1,5 +1,6 @@
 """What an input says of its pixels, channels and wells is in the result; no more."""
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -194,3 +195,20 @@ def test_what_lies_off_a_stage_position_moves_along_its_own_axis():
     assert stage.moved(2, 30) == StagePosition(x_um=130, y_um=7, z_um=9)
     unknown = StagePosition(x_um=float("nan"))
     assert unknown.moved(2, 30) == StagePosition(x_um=30, y_um=2)
+
+
+@pytest.mark.parametrize("z_rises", [True, False, None])
+@pytest.mark.parametrize("name", ["o.ome.tif", "many.ome.zarr"])
+def test_slices_lie_where_the_stage_stood_and_nowhere_if_nobody_knows(
+    name, z_rises, tmp_path
+):
+    stage = StagePosition(1, 2, 7)
+    facts = {"z_step_um": 0.5, "stage": stage, "z_rises": z_rises}
+    like = series(sizes={"t": 2, "c": 2, "z": 4}, **facts)
+    write_images(tmp_path / name, [result(like), result(replace(like, name="b"))])
+    again, _ = open_images(tmp_path / name)
+    assert again.stage == stage
+    assert again.z_rises is z_rises
+    step_um = {True: 0.5, False: -0.5, None: math.nan}[z_rises]
+    known = [7 + z * step_um for z in range(4)] if z_rises is not None else [7]
+    assert again.slices_um == known + [None] * (4 - len(known))

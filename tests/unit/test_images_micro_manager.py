@@ -9,6 +9,7 @@ from image_file_kit import flat, means, write_mm_stack, write_ndtiff
 
 from rtfocus.errors import InputError
 from rtfocus.images.reading import open_images
+from rtfocus.images.series import StagePosition
 
 SUMMARY = {
     "PixelSize_um": 0.325,
@@ -192,3 +193,27 @@ def test_other_images_in_the_folder_of_a_data_set_are_read_too(tmp_path) -> None
     tifffile.imwrite(tmp_path / "set/snap.tif", flat(7))
     assert [one.name for one in open_images(tmp_path / "set")] == ["set", "snap"]
     assert means(open_images(tmp_path / "set/snap.tif")[0]) == [7]
+
+
+@pytest.mark.parametrize("step_um", [1.5, -1.5])
+def test_every_position_has_its_own_place_and_way_of_z(tmp_path, step_um) -> None:
+    axes = product(position=range(2), time=range(2), z=range(12))
+    told = {
+        n: {"XPositionUm": 100.0 * one["position"], "ZPositionUm": one["z"] * step_um}
+        for n, one in enumerate(axes)
+    }
+    folder = write_ndtiff(tmp_path / "set", axes, SUMMARY, told)
+    for number, series in enumerate(open_images(folder)):
+        assert series.stage == StagePosition(100.0 * number, None, 0.0)
+        assert series.z_rises is (step_um > 0)
+
+
+def test_pages_of_micro_manager_say_which_way_z_runs(tmp_path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for number, one in enumerate(product(FrameIndex=range(2), SliceIndex=range(3))):
+            about = {**one, "ChannelIndex": 0, "ZPositionUm": 9.0 - one["SliceIndex"]}
+            tags = [(51123, "s", 0, json.dumps(about), True)]
+            file.write(flat(number), extratags=tags, contiguous=False, metadata=None)
+    (series,) = open_images(tmp_path / "a.tif")
+    assert series.stage == StagePosition(None, None, 9.0)
+    assert series.z_rises is False

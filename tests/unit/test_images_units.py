@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import tifffile
 from image_file_kit import flat, ome_pixels, ome_xml, write_pages
@@ -230,3 +231,34 @@ def test_ome_xml_fills_every_field(tmp_path) -> None:
     assert len(place.columns) == 12
     # Nothing else in the file says how large its pixels are.
     assert series.pixel_size_um is None
+
+
+@pytest.mark.parametrize(
+    ("places", "z_rises"),
+    [("4 3.5 3", False), ("-1 0 1", True), ("2 2 2", None), ("1 3 2", None)],
+)
+def test_the_places_of_slices_say_which_way_z_runs(tmp_path, places, z_rises) -> None:
+    # In no order, as some programs write them; of the other channel in another one.
+    planes = [
+        f'<Plane TheZ="{z}" TheC="{c}" TheT="0" PositionZ="{-um if c else um}"/>'
+        for z, um in enumerate(map(float, places.split()))
+        for c in (0, 1)
+    ]
+    body = '<TiffData IFD="0" PlaneCount="6"/>' + "".join(reversed(planes))
+    pixels = ome_pixels(body).replace('SizeZ="1"', 'SizeZ="3"', 1)
+    pixels = pixels.replace('SizeC="1"', 'SizeC="2"', 1)
+    path = tmp_path / "a.ome.tif"
+    write_pages(path, [flat(n) for n in range(6)], ome_xml(f"<Image>{pixels}</Image>"))
+    (series,) = open_images(path)
+    assert series.sizes == {"t": 1, "c": 2, "z": 3}
+    assert series.z_rises is z_rises
+    assert series.stage is None  # in units of a reference frame
+
+
+@pytest.mark.parametrize(("spacing", "z_rises"), [(2.0, None), (-2.0, False)])
+def test_a_negative_spacing_says_that_z_falls(tmp_path, spacing, z_rises) -> None:
+    metadata = {"axes": "ZYX", "unit": "um", "spacing": spacing}
+    planes = np.zeros((3, 8, 9), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", planes, imagej=True, metadata=metadata)
+    (series,) = open_images(tmp_path / "a.tif")
+    assert (series.z_step_um, series.z_rises) == (2.0, z_rises)

@@ -11,7 +11,6 @@ from hypothesis.extra import numpy as arrays
 
 from rtfocus.errors import ProtocolError
 from rtfocus.frame import PROTOCOL_VERSION
-from rtfocus.images.series import saturation_blocks
 from rtfocus.transport.messages import DTYPES
 from rtfocus.transport.viewer import (
     Answer,
@@ -20,6 +19,7 @@ from rtfocus.transport.viewer import (
     PreviewHeader,
     PreviewStatus,
     Request,
+    saturation_blocks,
     unpack_answer,
     unpack_preview,
     unpack_request,
