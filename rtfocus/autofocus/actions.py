@@ -60,6 +60,10 @@ class FocusActions(MDAEngine):
         core, self._found_at_um = self.mmcore, None
         if self.focuser.moves_offset or core.getFocusDevice():
             self._found_at_um = self.focuser.stage().position_um()
+        sent_um = None if sequence.setup is None else sequence.setup.z_pos
+        if sent_um is not None and not self.focuser.moves_offset:
+            # The plan's own set-up is still to send the stage there.
+            self._found_at_um = sent_um
         self._light = focus_light(sequence, self.focuser.config.focus_channel)
         self._plans = focus_plans(sequence)
         has_offset = any(plan.autofocus_motor_offset for plan in self._plans)

@@ -349,12 +349,15 @@ def _planned(core: UniMMCore, config: Config) -> MDASequence:
 
 
 def anchored(sequence: MDASequence, z_um: float | None) -> MDASequence:
-    """Give relative z-stacks a reference: where the z-stage is now.
+    """Give relative z-stacks a reference: where the z-stage is when the plan begins.
 
-    useq and pymmcore-plus take 0 where a position has no z, which would drive the
-    objective to the stage's origin.
+    That is where it is now, or where the plan's own set-up sends it. useq and
+    pymmcore-plus take 0 where a position has no z, which would drive the objective to
+    the stage's origin.
     """
     plan = sequence.z_plan
+    if sequence.setup is not None and sequence.setup.z_pos is not None:
+        z_um = sequence.setup.z_pos
     if plan is None or not plan.is_relative or z_um is None:
         return sequence
     positions = list(sequence.stage_positions)

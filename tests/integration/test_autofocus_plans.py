@@ -178,6 +178,17 @@ def test_each_position_has_a_correction_of_its_own_also_without_a_z(
     assert heights == pytest.approx(focused, abs=NEAR_UM)
 
 
+def test_without_a_z_focus_is_searched_where_the_plan_s_set_up_sends_the_stage(
+    bench: Bench,
+) -> None:
+    bench.searching(lambda _: None)
+    sent = {"z_pos": 6.5, "action": {"type": "custom", "name": "setup"}}
+    plan = {"stage_positions": [{"x": 0, "y": 0}], "autofocus_plan": AF, "setup": sent}
+    heights = bench.run(plan)
+    assert bench.snapped[0][0] == pytest.approx(6.5)
+    assert heights == pytest.approx([FOCUS_UM], abs=NEAR_UM)
+
+
 def test_a_channel_s_own_plane_stays_beside_focus(bench: Bench) -> None:
     plan = {
         "channels": [FITC | {"z_offset": OFFSET_UM}, DAPI],

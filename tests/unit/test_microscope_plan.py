@@ -178,6 +178,8 @@ def test_relative_stacks_start_where_the_stage_is():
     given = read_sequence({"z_plan": STACK, "stage_positions": [{"z": 3}, {"x": 1}]})
     heights = [event.z_pos for event in anchored(given, 40.0)]
     assert heights == [2, 3, 4, 39, 40, 41]
+    sent = read_sequence({"z_plan": STACK, "setup": {"z_pos": 60}})
+    assert [event.z_pos for event in anchored(sent, 40.0)] == [59, 60, 61]
 
 
 def test_autofocus_events_are_no_images():
