@@ -41,6 +41,8 @@ from rtfocus.microscope.series import (
     Complaints,
     camera_geometry,
     describe_series,
+    number_on,
+    objective_change,
     warn_of_silent_stage,
     with_field_of_view,
 )
@@ -96,16 +98,19 @@ class LiveAcquisition:
         if live.exposure_ms is not None:
             core.setExposure(live.exposure_ms)
         self._exposure_ms = core.getExposure()
+        self._geometry = camera_geometry(core)
         series = describe_series(
             config,
             core,
-            camera_geometry(core),
+            self._geometry,
             plan=None,
             frames=live.frames,
             summary=core.state(),
         )
         self._expected = 0
         """Number of the image that should come next."""
+        self._before = 0
+        """Images before the camera began to count anew."""
         self._z_um: float | None = None
         self._z_read_s = -_Z_INTERVAL_S
         self._delivery = Delivery(series, sink, on_frame)
@@ -185,9 +190,9 @@ class LiveAcquisition:
         pixels, tags = core.popNextImageAndMD()
         camera = dict(tags)
         self._observations.note_buffer(waiting, core.getBufferFreeCapacity())
-        number = image_number(camera)
-        if number is None:
-            number = self._expected
+        if (change := objective_change(core, self._geometry)) is not None:
+            raise SeriesChangedError(change)
+        number = self._number(camera)
         self._observations.camera_lost += max(0, number - self._expected)
         self._expected = number + 1
         age = age_ns(camera, RUN_CLOCK.told_ns()) or 0
@@ -215,6 +220,16 @@ class LiveAcquisition:
             ),
         )
         self._delivery.deliver(pixels, exposure)
+
+    def _number(self, camera: dict[str, Any]) -> int:
+        """Return which image of the run came; no number is given twice."""
+        following = self._expected - self._before
+        number = number_on(self._core, camera, following, _ENDLESS)
+        if number is None:
+            # Time goes on; who began to count anew goes on from here.
+            self._before += following - (image_number(camera) or 0)
+            return self._expected
+        return number + self._before
 
     def _focus_notes(self) -> dict[str, Any]:
         notes = [] if self._hold is None else self._hold.notes()

@@ -26,6 +26,7 @@ from rtfocus.metrics import Histogram, Outcome
 
 if TYPE_CHECKING:
     # A processor side knows reports and starts without Micro-Manager.
+    from pymmcore_plus import CMMCorePlus
     from pymmcore_plus.experimental.unicore import UniMMCore
 
 
@@ -164,6 +165,13 @@ def overflow_error(core: "UniMMCore") -> MicroscopeError:
         "microscope.sequence_buffer_mb"
     )
     return MicroscopeError(msg)
+
+
+def refuse_overflow(core: "CMMCorePlus") -> None:
+    """Raise MemoryError, as pymmcore-plus does, where the core's buffer ran over."""
+    if core.isBufferOverflowed():
+        msg = "the core's image buffer overflowed"
+        raise MemoryError(msg)
 
 
 def camera_lost_images(core: "UniMMCore", fault: str | None) -> str:

@@ -25,9 +25,20 @@ from pymmcore_plus.mda import MDAEngine, SkipEvent
 from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.errors import ConfigError, MicroscopeError, number_of
-from rtfocus.microscope.delivery import image_number
-from rtfocus.microscope.plan import image_events, left_alone, numbered, takes_image
-from rtfocus.microscope.series import Geometry, camera_geometry, with_field_of_view
+from rtfocus.microscope.delivery import refuse_overflow
+from rtfocus.microscope.plan import (
+    each_step,
+    image_events,
+    left_alone,
+    numbered,
+    takes_image,
+)
+from rtfocus.microscope.series import (
+    Geometry,
+    camera_geometry,
+    number_on,
+    with_field_of_view,
+)
 from rtfocus.workers import Wait
 
 Payload = Any
@@ -91,14 +102,17 @@ class SequenceEngine(MDAEngine):
         way round. There a consumer that takes long for an image uses up the camera's
         time for the next one; here that begins when the camera is waited for.
         """
-        core, count, is_told = self.mmcore, 0, False
+        core, count, following, is_told = self.mmcore, 0, 0, False
         wait, timeout_s = Wait(), self._initial_timeout(event)
         while True:
             running = core.isSequenceRunning()
             if waiting := core.getRemainingImageCount():
                 image, tags = core.popNextImageAndMD()
-                number = image_number(dict(tags))
-                own = event.events[count if number is None else number]
+                number = number_on(core, dict(tags), following, len(event.events))
+                if number is None:  # its place, and those of the rest, nobody knows
+                    core.stopSequenceAcquisition()
+                    break
+                own, following = event.events[number], number + 1
                 signal = yield self._create_seqimg_payload_from_popped(
                     image, tags, own, channel=0, event_t0=t0_ms, remaining=waiting - 1
                 )
@@ -123,9 +137,7 @@ class SequenceEngine(MDAEngine):
                 break
             else:
                 time.sleep(_POLL_S)
-        if core.isBufferOverflowed():
-            msg = "the core's image buffer overflowed"
-            raise MemoryError(msg)
+        refuse_overflow(core)
         if missing := len(event.events) - count:
             self.lose(missing)
         yield from [None] * missing
@@ -292,7 +304,7 @@ class SetUps:
         MicroscopeError
             If a setting cannot be made, or its camera cannot be used.
         """
-        steps = list(_steps(self._of(event) for event in image_events(sequence)))
+        steps = list(each_step(self._of(event) for event in image_events(sequence)))
         if not any(set_up.settings for _, set_up in steps):
             return None
         kinds: dict[tuple[Geometry, str | None], tuple[int, SetUp]] = {}
@@ -416,21 +428,6 @@ class SetUps:
                 core.clearROI()
                 core.setROI(*roi)
             core.waitForSystem()
-
-
-def _steps(set_ups: Iterable[SetUp]) -> Iterator[tuple[int, SetUp]]:
-    """Yield each step from one set-up to another once, with the image's number.
-
-    A preset sets some properties and leaves the others as the one before it did: what
-    an event gets depends on where it comes from.
-    """
-    yielded: set[tuple[SetUp | None, SetUp]] = set()
-    before: SetUp | None = None
-    for number, set_up in enumerate(set_ups):
-        if (before, set_up) not in yielded:
-            yielded.add((before, set_up))
-            yield number, set_up
-        before = set_up
 
 
 def _settings(configuration: Iterable[tuple[str, str, str]]) -> tuple[Setting, ...]:

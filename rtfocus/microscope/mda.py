@@ -39,6 +39,7 @@ from rtfocus.microscope.series import (
     Complaints,
     camera_geometry,
     describe_series,
+    objective_change,
     warn_of_silent_stage,
 )
 from rtfocus.workers import acting_when
@@ -149,11 +150,13 @@ class PlannedAcquisition:
             return
         try:
             assert self._delivery is not None
-            if not meta.get("hardware_triggered", False):
-                # Within a hardware sequence the camera cannot be changed.
+            if meta.get("hardware_triggered", False):
+                # Within a hardware sequence the camera itself cannot be changed.
+                change = objective_change(self._core, self._geometry)
+            else:
                 change = self._geometry.change(camera_geometry(self._core))
-                if change is not None:
-                    raise SeriesChangedError(change)
+            if change is not None:
+                raise SeriesChangedError(change)
             self._delivery.deliver(pixels, self._describe(event, meta))
         except SeriesChangedError as change:
             self._broken_off = str(change)

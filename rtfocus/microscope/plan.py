@@ -5,10 +5,11 @@ Stage positions, grid tiles and wells become one axis p.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice, pairwise
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -341,3 +342,21 @@ def _without_grids(
             positions = (useq.Position(x=0, y=0),)
     # A copy would keep the id by which useq remembers the tiles.
     return sequence.replace(grid_plan=None, stage_positions=positions)
+
+
+SetUp = TypeVar("SetUp", bound=Hashable)
+
+
+def each_step(set_ups: Iterable[SetUp]) -> Iterator[tuple[int, SetUp]]:
+    """Yield each step from one set-up to another once, with the image's number.
+
+    A preset sets some properties and leaves the others as the one before it did: what
+    an event gets depends on where it comes from.
+    """
+    yielded: set[tuple[SetUp | None, SetUp]] = set()
+    before: SetUp | None = None
+    for number, set_up in enumerate(set_ups):
+        if (before, set_up) not in yielded:
+            yielded.add((before, set_up))
+            yield number, set_up
+        before = set_up

@@ -245,6 +245,49 @@ def test_an_image_lost_in_a_hardware_sequence_shifts_no_other():
     assert (report.frames, report.camera_lost) == (23, 1)
 
 
+@pytest.mark.parametrize("kind", ["live", "mda"])
+def test_a_buffer_that_somebody_clears_puts_no_two_images_at_one_place(kind):
+    # The core counts images anew then.
+    plan = {"mda": {**PLAN, "z_plan": {"range": 20, "step": 1}}}
+    acquisition = plan if kind == "mda" else {"live": {"frames": 30, "exposure_ms": 1}}
+    config, sink = democamera(acquisition, properties=TRIGGERED), RecordingSink()
+    with open_core(config) as core:
+
+        def clear(header):
+            if header.sequence == 5:
+                core.clearCircularBuffer()
+
+        report = acquire(
+            config, sink, core=core, stop=threading.Event(), on_frame=clear
+        )
+    assert len(sink.by_index()) == len(sink.headers) == report.frames
+    (warning,) = report.warnings
+    assert "to come, as when somebody clears Micro-Manager's buffer" in warning
+    if kind == "mda":
+        # Whose images the rest of that sequence are nobody knows.
+        places = [h.event_index for h in sink.headers]
+        assert places == [n for n in range(168) if not 5 < n < 21]
+        assert report.camera_lost == 15
+
+
+@pytest.mark.parametrize("properties", [SMALL, TRIGGERED], ids=["live", "sequenced"])
+def test_an_objective_that_is_turned_under_a_running_camera_ends_the_series(properties):
+    plan = {"mda": {"z_plan": {"range": 20, "step": 1}}}
+    live = {"live": {"frames": 30, "exposure_ms": 1}}
+    config = democamera(live if properties is SMALL else plan, properties=properties)
+    sink = RecordingSink()
+    with open_core(config) as core:
+
+        def turn(header):
+            if header.sequence == 5:
+                core.setProperty("Objective", "Label", "Objective-2")
+
+        report = acquire(config, sink, core=core, stop=threading.Event(), on_frame=turn)
+    assert len(sink.headers) == 6
+    assert "the core's pixel size changed from 1.0 to" in report.reason
+    assert not report.outcome.is_complete
+
+
 def test_the_last_image_of_a_hardware_sequence_may_come_late(monkeypatch):
     config = democamera({"mda": PLAN}, properties=TRIGGERED)
     sink = RecordingSink()
