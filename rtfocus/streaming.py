@@ -228,7 +228,10 @@ class LiveStream:
             def heard(estimate: Estimate) -> None:
                 if not estimate.is_early:
                     tell(estimate)
-                focusing.inbox.take(estimate)
+                following = self._following
+                # Late ones of the plan before answer for no image of this one.
+                if following and estimate.series_uid == following.series_uid:
+                    focusing.inbox.take(estimate)
 
             self._publisher = opened.enter_context(
                 FramePublisher(

@@ -365,6 +365,11 @@ class FollowedAcquisition(PlannedAcquisition):
         except Exception as error:  # raised by finish()
             self.give_up(error)
 
+    @property
+    def series_uid(self) -> str | None:
+        """Of the series; None: it is not announced yet."""
+        return None if self._delivery is None else self._delivery.series.series_uid
+
     def place_of(self, event: useq.MDAEvent) -> tuple[int, float]:
         """Return the index p of an event that comes, and its slice in um."""
         ordinal = self._ordinals[_place(event)][0]

@@ -9,6 +9,7 @@ import pytest
 import useq
 from microscope_kit import RecordingSink, let_last_image_come_late, wait_for
 from mm_test_adapters import device_adapter_path
+from msgspec.structs import replace
 from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.mda import MDAEngine
 from transport_kit import until
@@ -19,6 +20,7 @@ from rtfocus.app import serve
 from rtfocus.autofocus.actions import FocusActions
 from rtfocus.config import parse_config
 from rtfocus.errors import ConfigError, IncompleteError, MicroscopeError, RtfocusError
+from rtfocus.focusing import EstimateInbox
 from rtfocus.launch import on_free_ports
 from rtfocus.microscope.mda import FollowedAcquisition
 from rtfocus.microscope.plan import lay_out
@@ -376,6 +378,41 @@ def test_every_plan_of_a_stream_is_searched_by_its_own_images(core, tmp_path):
         assert "does not answer" in verdict["reason"] or "noise" in verdict["reason"]
         assert verdict["images"] >= 3
         assert (report.frames, report.reason) == (1, "completed")
+
+
+def test_late_estimates_of_the_plan_before_answer_for_no_image_of_this_one(
+    core, tmp_path, monkeypatch
+):
+    config = parse_config(
+        {
+            "run": {"folder": str(tmp_path)},
+            "channels": [{"name": "DAPI", "optics": OPTICS}],
+            "processing": {"restoration": {"method": "none"}},
+            "store": {"restored": False, "min_free_mb": 1},
+        }
+    )
+    core.setROI(0, 0, 256, 256)
+    focus = {"axes": ["p"], "autofocus_device_name": "rtfocus"}
+    plain = useq.MDASequence(channels=["DAPI"], stage_positions=[(0, 0, 0)])
+    came, verdicts, begin = [], [], EstimateInbox.begin
+
+    def keep(_, __, meta):
+        notes = meta.get("extra", {}).get("rtfocus", {})
+        verdicts.append(notes.get("autofocus", {}))
+
+    core.mda.events.frameReady.connect(keep)
+    with rtfocus.stream(core, config) as live:
+        live.estimateReady.connect(came.append)
+        core.mda.run(plain)
+        until(lambda: came, "an estimate")
+
+        def begin_and_hear(inbox):
+            begin(inbox)
+            live._publisher._loop._on_estimate(replace(came[0], sequence=99))
+
+        monkeypatch.setattr(EstimateInbox, "begin", begin_and_hear)
+        core.mda.run(plain.replace(autofocus_plan=focus))
+    assert verdicts[1]["images"] >= 3, verdicts[1]["reason"]
 
 
 def test_the_end_of_the_block_waits_for_a_plan_that_has_just_been_begun(core, recorder):
