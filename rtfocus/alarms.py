@@ -1,4 +1,4 @@
-"""Alarms: who is not at the microscope hears of lost focus, frames, disk and the end.
+"""Alarms: messages about lost focus, lost frames, a full disk and the end of a run.
 
 A thread of its own looks at the numbers of the run and delivers, so that neither a
 hanging receiver nor a failing command ever touches the loop: it costs alarms, which
@@ -36,7 +36,7 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """One thing somebody should know."""
+    """One message."""
 
     kind: AlarmKind
     text: str
@@ -218,8 +218,8 @@ class Messenger:
 class Attendance:
     """Attends a series while its block runs: alarms, and in the end its page.
 
-    A folder that somebody else has taken over gets no page from here. What ended a run
-    is raised with a note of where its frames went.
+    A folder that another process has taken over gets no page from here. What ended a
+    run is raised with a note of where its frames went.
     """
 
     def __init__(self, config: Config, monitor: Monitor) -> None:

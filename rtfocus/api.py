@@ -369,7 +369,7 @@ def _optics_known(settings: Config, optics: Optics | None) -> bool:
 
 
 def _refuse_method_without_optics(settings: Config) -> None:
-    """Refuse what computes with the optics where nobody has said what they are."""
+    """Refuse what computes with the optics where they are unknown."""
     method = settings.processing.restoration.method
     if method == BLIND:
         return

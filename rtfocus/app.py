@@ -125,7 +125,7 @@ def run(
         SideProcess(config, "acquire") as microscope,
         acting_when(stop.is_set, microscope.stop),
         acting_when(microscope.failed, abandon.set),
-        # Patient: the child's end, and not its silence, tells that nothing comes.
+        # Patient: the child's end, not its silence, means that nothing comes.
         acting_when(
             lambda: abandon.is_set() or (microscope.ended() and monitor.series is None),
             over.set,
@@ -277,7 +277,7 @@ class SeriesLoop:
         self._in_flight: dict[int, Slot] = {}
         """Frames that arrived and are not yet durable, by sequence."""
         self._lost: TransportError | None = None
-        """Why the publisher sends no more, if it did not say the end."""
+        """Why the publisher sends no more, if it did not announce the end."""
 
     def run(self) -> Path:
         """Process the series; the folder is finished even when a worker fails."""
@@ -307,7 +307,7 @@ class SeriesLoop:
             self._preview.begin(shown)
             failure = self._run_workers(writer)
             if (replaced := replacement(failure)) is not None:
-                # Whoever has the series now goes on with the folder as it is.
+                # The process that has the series now goes on with the folder.
                 writer.abort()
                 raise replaced
             if isinstance(failure, PeerLostError):
@@ -359,7 +359,7 @@ class SeriesLoop:
         try:
             yield from self._receiver.frames()
         except TakenOverError:
-            # The folder is another's by now.
+            # The folder belongs to another process by now.
             raise
         except TransportError as error:
             self._lost = error
@@ -438,7 +438,7 @@ class SeriesLoop:
     def _end(self, failure: RtfocusError | None) -> SeriesEnd:
         end = self._receiver.end
         if end is not None and end.reason == STOPPED_HERE:
-            # Nobody announced that end: perhaps the other side is gone.
+            # The end was not announced: perhaps the other side is gone.
             failure = failure or self._monitor.broken_by()
         if failure is None and end is not None:
             return replace(end, warnings=(*end.warnings, *self._processor.lost()))

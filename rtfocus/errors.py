@@ -12,7 +12,7 @@ programmer errors stay ``ValueError`` and ``TypeError``.
     ├── OutputError        a place that cannot, or must not, be written to
     ├── TransportError     sockets, peers, protocol, stalls
     │   ├── ProtocolError  one message that breaks the wire protocol
-    │   ├── StoppedError   somebody ended it before anything was sent
+    │   ├── StoppedError   ended by the user before anything was sent
     │   ├── TakenOverError another recorder has the series now
     │   ├── PeerGoneError  a peer is silent, and its port is closed
     │   └── PeerLostError  a peer is silent, and may still come back
@@ -121,7 +121,7 @@ class ProtocolError(TransportError):
 
 
 class StoppedError(TransportError):
-    """Somebody ended the series before a frame of it was sent."""
+    """The user ended the series before a frame of it was sent."""
 
     exit_code = ExitCode.INTERRUPTED
 
@@ -246,7 +246,7 @@ def number_of(count: int, what: str) -> str:
 
 
 def replacement(failure: RtfocusError | None) -> RtfocusError | None:
-    """Return the error that says that somebody else has the series or the folder."""
+    """Return the error that says that another process has the series or the folder."""
     causes = () if failure is None else (failure, failure.__cause__)
     return next((e for e in causes if isinstance(e, (TakenOverError, BusyError))), None)
 

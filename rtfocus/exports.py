@@ -270,7 +270,7 @@ def _series(run: Run, spec: ImageSpec) -> list[ImageSeries]:
         emission = [nm for nm in waves for _ in range(repeated)]
         channels = tuple(
             replace(channel, emission_nm=nm)
-            # Somebody may have taken the channels' description away.
+            # The description of the channels may have been removed.
             for channel, nm in zip(image.channels, emission, strict=False)
         )
         named.append(

@@ -1,7 +1,7 @@
 """Files: written whole, replaced and removed whole, under names every system takes.
 
 Nothing here decides whether something may be replaced; it makes sure that what is
-replaced or removed is at every moment there whole or gone, whoever interrupts. What a
+replaced or removed is there whole or gone at every moment, even if interrupted. What a
 viewer, a virus scanner or a network drive holds open is tried again for seconds.
 """
 
@@ -55,7 +55,7 @@ class Patience:
     sleep: Callable[[float], None] = time.sleep
 
     def insist(self, action: Callable[[], object], failure: str) -> None:
-        """Do `action`, again while somebody holds the file, up to the deadline.
+        """Do `action`, again while the file is held open, up to the deadline.
 
         Raises
         ------

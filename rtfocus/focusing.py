@@ -146,13 +146,13 @@ class EstimateInbox:
             return self._newest if self._changed.wait_for(has_come, timeout_s) else None
 
     def wake(self) -> None:
-        """Let whoever waits ask again what is wanted."""
+        """Let those who wait check again."""
         with self._changed:
             self._changed.notify_all()
 
 
 class LoopActions(FocusActions):
-    """Actions whose images a processor reads: holds focus, and hears who looks on."""
+    """Actions whose images a processor reads: holds focus, and obeys viewers."""
 
     _focusing: "Focusing"
     _asked_before: tuple[int | None, ...] | None = None
@@ -245,10 +245,10 @@ class Focusing:
         self._is_late = False
         self._noted: dict[Key, tuple[int, str]] = {}
         self.requests: deque[Act] = deque()
-        """What somebody who looks at the run has asked for, from any thread."""
+        """What viewers of the run have asked for, from any thread."""
 
     def asked(self, act: Act, stop: Callable[[], None]) -> None:
-        """Do what somebody asks for who looks at the run, where the config allows it.
+        """Do what a viewer of the run asks for, where the config allows it.
 
         What was asked for last and waits still is not done twice.
         `stop` ends the acquisition. Returns at once, from any thread.

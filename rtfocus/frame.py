@@ -6,7 +6,7 @@ Arrays keep axes (y, x) or (y, x, rgb); z, t, c and p live in ``index``.
 
 Slots are the one place frames live in memory: a frame is copied once into a slot
 and stays there until it is durable; after `SlotPool` is built nothing is allocated
-per frame. A full pool is the backpressure of rtfocus: whoever wants a slot waits.
+per frame. A full pool is the backpressure of rtfocus: callers wait for a slot.
 """
 
 import threading
@@ -166,7 +166,7 @@ class FocusReading(msgspec.Struct, frozen=True, omit_defaults=True):
     tilt_um: tuple[float, float] = (0.0, 0.0)
     """Rise of the defocus across the frame along x and y; 0 where not measurable."""
     tiles: int = 0
-    """Tiles that had a say."""
+    """Tiles that were used."""
     spectrum: list[float] = []
     """Ring amplitudes of the image, 48 numbers, or none where there is no image to
     read; see `rtfocus.autofocus.appearance`."""
@@ -262,7 +262,7 @@ class DefocusMap:
         return f"DefocusMap({text})"
 
     def distances(self) -> "DefocusMap":
-        """Return a map without the sides of focus, which nobody knows.
+        """Return a map without the sides of focus, for where they are unknown.
 
         They show by aberrations. Where those are unknown the sides of equal tiles are
         guessed differently, and signed defocus would cancel in the mean of a frame.
@@ -415,7 +415,7 @@ class SlotPool:
 
     @property
     def free(self) -> int:
-        """Slots nobody holds."""
+        """Number of slots that are free."""
         with self._changed:
             return len(self._free)
 
@@ -441,7 +441,7 @@ class SlotPool:
             self._changed.notify()
 
     def close(self) -> None:
-        """Wake everybody who waits; `acquire` returns None from now on."""
+        """Wake all waiters; `acquire` returns None from now on."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

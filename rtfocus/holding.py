@@ -1,6 +1,6 @@
 """Holding: focus held where rtfocus does not run the plan.
 
-While a camera runs freely, without a plan; and in a plan that somebody's script runs.
+While a camera runs freely, without a plan; and in a plan that a user's script runs.
 """
 
 import threading
@@ -301,7 +301,7 @@ class LiveHold:
             self._failure = error
 
     def _hear(self, place: HeldPlace) -> None:
-        """Do what somebody who looks at the run has asked for."""
+        """Do what viewers of the run have asked for."""
         while self._focusing.requests:
             act = self._focusing.requests.popleft()
             self._focuser.journal.write("request", what=act)
@@ -345,7 +345,7 @@ class LiveHold:
 
 
 class StreamEngine(LoopActions, FocusEngine):
-    """The stock engine of pymmcore-plus, holding focus in a plan of somebody's script.
+    """The stock engine of pymmcore-plus, holding focus in a plan of a user's script.
 
     Parameters
     ----------
@@ -389,7 +389,7 @@ class StreamEngine(LoopActions, FocusEngine):
 def holding_engine(engine: StreamEngine) -> Iterator[None]:
     """Let an engine run the plans of its core while the block lasts.
 
-    Where nothing is to be held, an engine of somebody else stays: it knows why.
+    Where nothing is to be held, an engine that is not ours stays.
 
     Raises
     ------

@@ -45,7 +45,7 @@ from rtfocus.processing.restore import METHODS, NEEDS_OPTICS
 from rtfocus.workers import Closing
 
 BLIND_ENGINE = "rtfocus-2"
-"""What restores where nobody knows the optics and nobody names an engine."""
+"""What restores where the optics are unknown and no engine is named."""
 
 _MOST_PROCESSORS = 4
 
@@ -91,7 +91,7 @@ class _Channel:
 
     @property
     def classifier(self) -> str | None:
-        """Name of the engine that finds the defocus; None: nobody looks for it."""
+        """Name of the engine that finds the defocus; None: it is not looked for."""
         return self.settings.engines_of(self.known.name)[0]
 
     @property
@@ -223,7 +223,7 @@ class ImageSet(Closing):
     stated
         Optics the user states for them; None: those of config and files.
     free_choice
-        Nobody named an engine: what has no optics is restored by `BLIND_ENGINE`.
+        No engine was named: what has no optics is restored by `BLIND_ENGINE`.
     states_error
         The error left in restored images is to be stated of all.
 
@@ -435,7 +435,7 @@ def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Conf
     """Return `settings` with one restoration for all channels.
 
     A joint engine also says what is out of focus, if `whole`: one pass less, and
-    nobody has named a classifier. For one that knows no focus nobody looks for it.
+    no classifier is named. For one that knows no focus none is looked for.
     """
     method = settings.processing.restoration.model_copy(update={"method": engine})
     settings = with_engine(settings, "restoration", method.model_dump())

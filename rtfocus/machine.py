@@ -293,7 +293,7 @@ def _mb(size: int) -> str:
 
 
 class RunClock:
-    """Unix time that goes on evenly, whoever sets the machine's clock meanwhile.
+    """Unix time that goes on evenly, even if the machine's clock is set meanwhile.
 
     Images are numbered and dated by it, drifts are followed by it: one that leaps by
     an hour would send the stage away. It is the machine's clock while that goes evenly.
@@ -321,7 +321,7 @@ class RunClock:
         return told_ns
 
     def told_ns(self) -> int:
-        """Return the machine's clock, whoever set it, counted on from its last tick."""
+        """Return the machine's clock, set or not, counted on from its last tick."""
         told_ns = time.time_ns()
         since_ns = self._zero_ns + _counted_ns() - told_ns
         return told_ns + since_ns if 0 < since_ns <= _TICK_NS else told_ns

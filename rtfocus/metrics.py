@@ -208,11 +208,11 @@ class StageTimes:
 
 COMPLETED = "completed"
 CANCELED = "canceled"
-"""The microscope side was asked to end."""
+"""The user ended the microscope side."""
 STOPPED_HERE = "stopped"
-"""The processor side was asked to end."""
+"""The user ended the processor side."""
 BY_THE_USER = (CANCELED, STOPPED_HERE)
-"""Reasons of an end that somebody asked for."""
+"""Reasons of an end that the user asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,7 @@ class Outcome:
 
     @property
     def was_stopped(self) -> bool:
-        """Tell whether somebody asked for the end."""
+        """Tell whether the user asked for the end."""
         return self.reason in BY_THE_USER
 
     @property

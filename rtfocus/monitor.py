@@ -93,7 +93,7 @@ class Monitor:
     alarms: Counter[str] = field(default_factory=Counter)
     """Raised, delivered by each way, and failed."""
     broken_by: Callable[[], RtfocusError | None] = lambda: None
-    """Asked at an end that nobody announced: what failed, or None: somebody stopped."""
+    """Asked at an end without an announcement: what failed, or None: it was stopped."""
     _estimates: deque[RecentEstimate] = field(
         default_factory=lambda: deque(maxlen=_MOST_ESTIMATES)
     )

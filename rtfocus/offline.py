@@ -100,7 +100,7 @@ class ImageProcessor(Closing):
         as_known = config.as_known(optics)
         self._blind = as_known.processing.blind
         self._processor: FrameProcessor = open_processor(as_known)
-        # Whoever forgets to close it has no program that never ends.
+        # A program that forgets to close it still ends.
         weakref.finalize(self, self._processor.close)
         self._scale: Scale | None = None
         self._started: tuple[object, ...] | None = None
@@ -323,7 +323,7 @@ class ImageProcessor(Closing):
     def _choose_optics(self, channel: str) -> tuple[OpticalSystem | None, Scale | None]:
         """Return the optics that are given, configured, or the engine's own, and scale.
 
-        None: nothing needs any; nobody looks for levels.
+        None: nothing needs any; no levels are looked for.
         """
         name, engines = self._config.engines_of(channel)
         processing = self._config.processing

@@ -38,7 +38,7 @@ class AbortedError(Exception):
 
 
 class Wait:
-    """Seconds of a wait, as its waiter lived through them.
+    """The duration of a wait, without the time in which this process stood still.
 
     A process that was frozen, or whose machine slept, finds the clock far ahead, and
     what it waits for had no turn either, or waits to be read. So no time between two
@@ -148,7 +148,7 @@ class BoundedQueue(Generic[T]):
             self._changed.notify_all()
 
     def abort(self) -> None:
-        """Discard what is queued and wake everybody with AbortedError."""
+        """Discard what is queued and wake all waiters with AbortedError."""
         with self._changed:
             self._aborted = True
             self._items.clear()
@@ -158,7 +158,7 @@ class BoundedQueue(Generic[T]):
 class Newest(Generic[T]):
     """Hand-off of what counts only while it is new: focus and preview.
 
-    Whoever puts never waits; whoever takes may.
+    Putting never waits; taking may.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ class Newest(Generic[T]):
         """Items that gave way to newer ones."""
 
     def put(self, item: T) -> None:
-        """Replace an item that nobody took; any thread."""
+        """Replace an item that was not taken; any thread."""
         with self._changed:
             held, age = self._item, self._age
             self.dropped += held is not None
@@ -197,7 +197,7 @@ class Newest(Generic[T]):
             return self.take()
 
     def close(self) -> None:
-        """Let nobody wait any more."""
+        """Wake those who wait, for good."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -315,7 +315,7 @@ class Pipeline:
 
 
 def in_steps(wait: Callable[[float], object]) -> None:
-    """Wait by short waits until one says so: on Windows Ctrl-C is heard in none."""
+    """Wait in short steps, for on Windows Ctrl-C interrupts no wait."""
     while not wait(0.25):
         pass
 
@@ -326,7 +326,7 @@ def acting_when(
 ) -> Iterator[None]:
     """Call `act` once `condition` holds while the block runs, or `again` and again.
 
-    From a thread, because a signal handler interrupts whoever holds a lock.
+    From a thread, because a signal handler may interrupt a holder of the lock.
     """
     done = threading.Event()
 
@@ -348,7 +348,7 @@ def acting_when(
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Hear requests to end (Ctrl-C and others) when the block has ended.
+    """Put off requests to end (Ctrl-C and others) until the block has ended.
 
     For what stumbles when it is left half started. Processes that it starts never
     hear of Ctrl-C, which reaches all of a terminal. Windows has no such masks.

@@ -82,7 +82,7 @@ class FocusActions(MDAEngine):
     def teardown_sequence(self, sequence: useq.MDASequence) -> None:
         """Set everything back, the offset of a hardware focus device too."""
         if self.focuser.moves_offset and self._found_at_um is not None:
-            # What the hardware holds, nobody moves at the end of the plan either.
+            # What the hardware holds is not moved at the end of the plan either.
             found, self._initial_state = self._initial_state, {}
             set_back_light(self.mmcore, found)
             try:
@@ -183,7 +183,7 @@ class FocusActions(MDAEngine):
         return meta
 
     def focus_notes(self) -> list[dict[str, Any]]:
-        """Return the lines of the journal that nobody has had yet."""
+        """Return the lines of the journal since the last call."""
         return self.focuser.journal.drain()
 
     def _focus_image(self, event: useq.MDAEvent) -> useq.MDAEvent:
@@ -205,7 +205,7 @@ class FocusActions(MDAEngine):
 
     def _go_to_focus_image(self, event: useq.MDAEvent) -> None:
         """Set up what the images that tell focus need, as an image of the plan is."""
-        # A place that nobody has seen is likely to lie on the plate's surface.
+        # A place without an image is likely to lie on the plate's surface.
         key = key_of(event)
         if key not in self._found.off_um:
             known = [(s.x_um, s.y_um, s.off_um) for s in self._heights(event)]
@@ -297,7 +297,7 @@ class FocusActions(MDAEngine):
         return present if channel in (None, present) else None
 
     def _is_canceled(self) -> bool:
-        """Tell whether somebody wants the end of the plan."""
+        """Tell whether the plan is to end."""
         return self.mmcore.mda.status.cancel_requested
 
     def place(self, event: useq.MDAEvent) -> tuple[Key, float]:

@@ -379,7 +379,7 @@ def run_search(
             if isinstance(decision, Stay | GiveUp):
                 break
             here_um = stage.position_um()
-    except BaseException:  # Ctrl-C too: nobody comes back to where a probe led
+    except BaseException:  # Ctrl-C too: a probe must not be where the stage stays
         if steps:
             with suppress(MicroscopeError):
                 _go_to_best(search, stage, steps[-1].z_um)
@@ -399,7 +399,7 @@ def run_search(
 
 
 class _Watch:
-    """Ends a search that makes no progress, or that nobody wants any more."""
+    """Ends a search that makes no progress, or is canceled."""
 
     def __init__(
         self,

@@ -352,7 +352,7 @@ class Focuser:
 
     def direction(self) -> int:
         """Return what larger z does to the plane of focus: +1 towards, -1 away, 0."""
-        if self.moves_offset:  # nobody has told Micro-Manager
+        if self.moves_offset:  # Micro-Manager does not know
             return direction_of(self.config, 0)
         stage = focus_stage(self.core)
         return direction_of(self.config, int(self.core.getFocusDirection(stage)))

@@ -26,7 +26,7 @@ def focus_plans(sequence: useq.MDASequence) -> list[useq.AxesBasedAF]:
 
 
 def begin_anew(plan: useq.AxesBasedAF) -> None:
-    """Let a plan ask for focus at its first event, whoever has gone through it before.
+    """Let a plan ask for focus at its first event, also in a second round.
 
     useq compares every event with the one before, that of an earlier round too: a
     plan of one position asked for focus in the first round only.

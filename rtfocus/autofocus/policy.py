@@ -131,8 +131,8 @@ class MoveRule:
     def settling(self, z_um: float) -> tuple[float, ...]:
         """Return the stops that arrive here anew from the chosen side; empty: none.
 
-        Nobody knows from which side a stage came to where a search begins. From twice
-        as far as later, so that one that arrives late is not off alike everywhere.
+        Where a search begins it is not known from which side the stage came. From
+        twice as far as later, so that a late arrival is not off alike everywhere.
         """
         beyond = self.limits.clip(z_um - 2 * self.approach * self.overshoot_um)
         if beyond == z_um or not self.limits.holds(z_um):
@@ -332,6 +332,6 @@ def direction_of(config: AutofocusConfig, of_core: int) -> int:
     config
         Its `direction` wins over the core's.
     of_core
-        `core.getFocusDirection`: 0 where nobody has said.
+        `core.getFocusDirection`: 0 where it is not set.
     """
     return _DIRECTIONS.get(config.direction, of_core)

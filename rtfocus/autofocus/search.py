@@ -133,7 +133,7 @@ class FocusSearch:
         """End at the best z that is known."""
         now = self.looks[-1].z_um
         self.survey.forget_early()
-        # Optics that nobody calibrated are no better guide than sharpness.
+        # Optics that are not calibrated are no better guide than sharpness.
         trusted = 0.0 if self.rule.verify else _WELL_EXPLAINED
         best = self.survey.best_known_um(trusted)
         back = self.moves.limits.clip(best) if isfinite(best) else now
@@ -402,7 +402,7 @@ class FocusSearch:
         """Say what to do where images do not follow the stage; None: they do."""
         now, unit = self.looks[-1], self.survey.unit_um
         arrival, places = self.survey.arrival, self.survey.unmoved_um()
-        # Optics that nobody calibrated do not tell late images from others: one taken
+        # Optics that are not calibrated do not tell late images from others: one taken
         # again does.
         is_untried = self.rule.verify and not arrival.was_tried and now.shows_lag(unit)
         if arrival.is_early or is_untried:

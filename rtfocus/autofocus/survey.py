@@ -292,7 +292,7 @@ class Survey:
         return [focus + side * _BEYOND_TOP * self.unit_um for side in sides]
 
     def gap_beside(self, z_um: float, low_um: float, high_um: float) -> float | None:
-        """Return the middle of the wider stretch nobody saw beside a place, if any."""
+        """Return the middle of the wider gap between images beside a place, if any."""
         places = [look.z_um for look in self.looks]
         low = max((z for z in places if z < z_um), default=low_um)
         high = min((z for z in places if z > z_um), default=high_um)
@@ -375,7 +375,7 @@ class Survey:
     def _posterior(self) -> Belief:
         """Weigh everything that was seen anew."""
         belief = self.prior
-        # Networks err alike on images of one field, so only the first has its say.
+        # Networks err alike on images of one field, so only the first counts.
         estimated = [look for look in self.looks if look.reading.defocus_um is not None]
         for look in estimated[:1]:
             modes = modes_of_reading(
@@ -392,7 +392,7 @@ class Survey:
         courses = _COURSES if self.calibrated and self.places() > 2 else ()
         self.fit = self._compared(planes, courses)
         modes = modes_of_weights(self.fit.candidates_um, self.fit.weights)
-        # The optics know better than the network, which had its say in the prior.
+        # The optics know better than the network, which is in the prior already.
         return Belief.of(modes).seen(belief.modes, outlier=0.3)
 
     def _planes(self) -> list[Look]:

@@ -47,7 +47,7 @@ class Begun(NamedTuple):
 
 
 class Batch:
-    """A job with its images, as whoever plans it and ends it sees it.
+    """A job with its images, as the process that plans and ends it sees it.
 
     Parameters
     ----------
@@ -232,7 +232,7 @@ class Batch:
                     row["path"] = self._as_given(row["path"])
                 self.findings.add(findings)
         if not self.findings.planes:
-            return  # nothing could be read: who calls says so
+            return  # nothing could be read: the caller says so
         numbers = self._numbers()
         lost = [BrokenImage(Path(path), reason) for path, reason in plan.broken]
         for unit, failure in self.ledger.failures(plan):

@@ -1,7 +1,7 @@
 """Plan: the units of a batch, kept beside its output with what is done of them.
 
 A unit is one image with all its planes: it owns a file, or arrays of its own, so that
-no two processes ever write the same one. Whoever has the plan can do any unit, in this
+no two processes ever write the same one. With the plan any unit can be done, in this
 process, on a worker of a scheduler or as a job of an array, and marks it when its
 pixels are in place. Killed at any moment, a batch loses the units that were under way.
 
@@ -57,7 +57,7 @@ class BatchJob(msgspec.Struct, frozen=True):
     optics_origin: str = ""
     """Where they come from, as the user gave it."""
     free_choice: bool = False
-    """Nobody named an engine."""
+    """No engine was named."""
     stretch: bool = False
     """8 bits for viewing."""
     table: str | None = None

@@ -243,7 +243,7 @@ class _Sent(NamedTuple, Generic[U]):
 
 
 class _NoWorkerError(Exception):
-    """Nobody has been there for so long."""
+    """No worker has been there for so long."""
 
 
 class _Workers:
@@ -288,7 +288,7 @@ class _Workers:
         Raises
         ------
         _NoWorkerError
-            If nobody has been there for too long.
+            If no worker has been there for too long.
         """
         now_s = time.monotonic()
         if now_s < self._asked_s + _ASK_S:

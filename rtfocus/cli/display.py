@@ -194,7 +194,7 @@ def _left(monitor: "Monitor") -> str:
 
 
 def _style(name: str, monitor: "Monitor | None") -> str:
-    """Return how a value is written: what needs somebody stands out."""
+    """Return how a value is written: what needs attention stands out."""
     if monitor is None:
         return ""
     if name == "lost" and (monitor.accounting.dropped or monitor.accounting.in_error):

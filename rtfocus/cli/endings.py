@@ -47,21 +47,21 @@ class _Asked(threading.Event):
         self._is_set = False
 
     def is_set(self) -> bool:
-        """Tell whether somebody has asked."""
+        """Tell whether the end was requested."""
         return self._is_set
 
     def set(self) -> None:
-        """Ask, and wake whoever waits for it."""
+        """Request the end, and wake those who wait for it."""
         with self._changed:
             self._is_set = True
             self._changed.notify_all()
 
     def clear(self) -> None:
-        """Forget that somebody asked."""
+        """Forget the request."""
         self._is_set = False
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until somebody asks; return whether that is so."""
+        """Wait for a request; return whether there was one."""
         with self._changed:
             return self._changed.wait_for(self.is_set, timeout)
 
@@ -114,9 +114,9 @@ def ended_by_signals() -> Iterator[threading.Event]:
 def stop_at_end_of_input(stop: threading.Event) -> None:
     """Set `stop` when standard input ends: the parent asks for it, or is gone.
 
-    From here on nobody else has that input: theirs is empty.
+    From here on nothing else has that input: theirs is empty.
     """
-    # Windows lets nobody ask what kind of pipe it is while a thread waits for it, and
+    # Windows does not say what kind of pipe it is while a thread waits for it, and
     # libraries ask that of standard input while they are loaded: they would hang.
     parent = os.dup(0)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -138,7 +138,7 @@ _Handler = Callable[[int, FrameType | None], None]
 
 @contextmanager
 def _handled(names: tuple[str, ...], handler: _Handler) -> Iterator[None]:
-    """Handle those signals that this system has and nobody ignores."""
+    """Handle those signals that this system has and that are not ignored."""
     terminals = [fd for fd in (1, 2) if _is_terminal(fd)]
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -341,7 +341,7 @@ def acquire(
 
 
 def _recorder(status: "PublisherStatus") -> str:
-    """Say who records, so that nobody mistakes a stranger for the own processor."""
+    """Say who records, so that a stranger is not taken for the own processor."""
     if status.recorder_alive:
         return status.recorder or "connected"
     return f"lost: {status.recorder}" if status.recorder else "waiting for one"

@@ -418,7 +418,7 @@ def _settings(path: Path, config: str | None, overrides: list[str] | None) -> Co
 
 
 def _names(config: str | None, overrides: list[str] | None, *engines: str) -> bool:
-    """Tell whether somebody says which engine it is: a config always does."""
+    """Tell whether an engine is named: a config always names one."""
     keys = (one.partition("=")[0].strip() for one in overrides or ())
     return config is not None or any(key.endswith(engines) for key in keys)
 

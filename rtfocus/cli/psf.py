@@ -397,7 +397,7 @@ def _through_focus(
         channel, stage = focuser.channel(), CoreStage(core)
         comparison = PlaneComparison(focuser.optics_of(channel), 0)
         unit = comparison.unit_um
-        # Nobody knows the backlash yet.
+        # The backlash is not known yet.
         focuser.config = against_unknown_backlash(focuser.config, unit)
         verdict = focuser.focus(is_canceled=stop.is_set)
         z_um = verdict.end_um + depths * unit

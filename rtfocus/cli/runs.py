@@ -84,11 +84,11 @@ def report(
 
     typer.echo(write_page(run))
     if is_finished(run):
-        report_of(run)  # the page tells what is there, and nobody may look at it
+        report_of(run)  # fails if it is damaged: the page only shows what is there
 
 
 class ReportConsole(Console):
-    """Breaks lines in a terminal alone, and goes on where nobody reads any more.
+    """Breaks lines in a terminal alone, and goes on where its output is no longer read.
 
     As in ``| grep``, where a line is one, and in ``| head``: the work is done.
     """

@@ -162,7 +162,7 @@ def _refuse_mixture(
         raise ConfigError(msg)
 
 
-# Wide enough for every column where nobody's terminal says how wide it is.
+# Wide enough for every column where no terminal says how wide it is.
 _PIPED_WIDTH = 160
 
 

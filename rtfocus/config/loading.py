@@ -229,7 +229,7 @@ def parse_config(
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        # Of the origin alone, whoever gave an override would look in the file.
+        # With the origin alone, users would look for an override in the file.
         faulty = {fault["loc"][0] for fault in error.errors() if fault["loc"]}
         given = [one[:80] for one in overrides if re.split("[.=]", one)[0] in faulty]
         if given and origin != "--set":

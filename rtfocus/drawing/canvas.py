@@ -142,7 +142,7 @@ class PixelCanvas:
         self._picture.paste(resized, (round(left), round(top)))
 
     def save(self, path: Path, words: PngInfo | None = None) -> None:
-        """Write the picture as PNG, with `words` in it that nobody sees."""
+        """Write the picture as PNG, with `words` in its metadata."""
         self._picture.save(path, format="PNG", pnginfo=words)
 
 

@@ -203,7 +203,7 @@ class EngineCard(Section):
     evidence: EvidenceCard | None = None
     """What weighs the corrections where an engine runs blind; None: nothing does."""
     expected_error: ErrorCard | None = None
-    """Of what is left by a correction that was weighed; None: nobody knows it."""
+    """Of what is left by a correction that was weighed; None: not known."""
     second_look: bool = False
     """Whether an engine that runs blind restores in a second pass, told the defocus
     that it found in the first."""

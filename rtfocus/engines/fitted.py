@@ -169,7 +169,7 @@ class Evidence:
     step_um
         Defocus between two levels of the engine.
     error_card
-        Of the error that is left; None: nobody knows it.
+        Of the error that is left; None: not known.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Evidence:
         """Take back of a restored frame what nothing speaks for.
 
         Returns the root mean square error expected in each tile, in the signal's unit;
-        None: nobody knows it.
+        None: not known.
 
         Parameters
         ----------

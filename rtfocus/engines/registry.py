@@ -226,7 +226,7 @@ def check_new_name(name: str) -> None:
 def remove_engine(name: str) -> Path:
     """Remove one of the user's own engines; return where it lay.
 
-    It loses its name in one step, so it is there whole or gone, whoever interrupts.
+    It loses its name in one step, so it is there whole or gone, even if interrupted.
 
     Raises
     ------

@@ -87,9 +87,9 @@ class Measured:
     name: str
     group: str
     scored: Scored | None = None
-    """None: not restored, or nobody knows its sharp image."""
+    """None: not restored, or its sharp image is not known."""
     image: Image | None = None
-    """Restored; None: it is not, or nobody is to see it."""
+    """Restored; None: it is not, or is not shown."""
     tiles: FoundTiles | None = None
     errors: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
     """Stated and true, of restored tiles, as shares of the range; None: not known."""

@@ -227,7 +227,7 @@ def measure_part(wish: Wish, part: Part, _threads: int | None = None) -> Done:
             try:
                 one = opened.measuring.measure(sample)
             except EngineError:
-                close_opened()  # nobody knows what state it is in
+                close_opened()  # its state is not known
                 raise
             # Only the first frames of a set are drawn: no other pixels travel.
             seen = part.number < SHOWN and len(frames) < SHOWN

@@ -258,7 +258,7 @@ def shown(
     """Yield an image blurred in three ways and in focus, each by a camera of its own.
 
     Their defocus is that of `BBBC006` which spreads a point over as many pixels: what
-    an engine can say that knows nothing else. Of a Gaussian nobody knows it.
+    an engine can say that knows nothing else. Of a Gaussian it is not known.
 
     Parameters
     ----------

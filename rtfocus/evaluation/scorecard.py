@@ -279,7 +279,7 @@ def write_report(
     sheets
         In the order of the tables.
     command
-        That made them, for whoever reads them later.
+        That made them, for later readers.
     lacking
         What failed and is in no figure, and why; one line each.
     taken_on

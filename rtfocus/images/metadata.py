@@ -229,8 +229,8 @@ def run_at(folder: Path) -> tuple[Path, Path] | None:
 def written_by_rtfocus(path: Path) -> bool:
     """Tell whether a file or folder is a whole result that rtfocus wrote.
 
-    The raw images of a run folder are none: nobody can compute them again. Nor is an
-    OME-Zarr that somebody has added something to.
+    The raw images of a run folder are none: they cannot be computed again. Nor is an
+    OME-Zarr to which something was added.
     """
     try:
         if (path / _ENGINE_CARD).is_file():
@@ -313,7 +313,7 @@ def _is_tiff_result(path: Path) -> bool:
 
 
 def _is_json_result(path: Path) -> bool:
-    # A result begins with its mark; a long file of somebody's is not read.
+    # A result begins with its mark; a long file of another program is not read.
     with path.open("rb") as file:
         begins = file.read(200).lstrip()
         if not begins.startswith(b"{") or WRITTEN_BY.encode() not in begins:

@@ -99,7 +99,7 @@ class OutputGuard:
             File or folder that will be written as one.
         named
             The user named this very path; an image file there may be replaced with
-            ``--overwrite`` whoever wrote it.
+            ``--overwrite`` whatever program wrote it.
 
         Returns
         -------

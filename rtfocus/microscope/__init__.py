@@ -45,7 +45,7 @@ def _import_without_home() -> None:
     """
     variable = "XDG_DATA_HOME"
     before = os.environ.get(variable)
-    # Below a file there is nothing, and nobody can put anything there.
+    # Below a file there is nothing, and nothing can be put there.
     os.environ[variable] = f"{os.devnull}/none"
     try:
         importlib.import_module("pymmcore_plus")

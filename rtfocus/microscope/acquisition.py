@@ -389,7 +389,7 @@ def anchored(sequence: MDASequence, z_um: float | None) -> MDASequence:
 
 
 def _check_autofocus(core: UniMMCore, sequence: MDASequence) -> None:
-    """Refuse a plan that asks for focus where nobody answers.
+    """Refuse a plan that asks for focus where nothing answers.
 
     Plans of pymmcore-widgets name no device, which means the core's.
     """

@@ -177,7 +177,7 @@ def _test_adapters() -> Finding:
     return Finding(topic, detail, remedy=remedy, needed=False)
 
 
-# A simulated camera has no reason to outrun whoever takes its frames: a backlog
+# A simulated camera has no reason to outrun its reader: a backlog
 # beyond this would only add latency.
 _BACKLOG_FRAMES = 8
 
@@ -213,7 +213,7 @@ class PatientCore(UniMMCore):
         if self._acquisition_thread is not None:
             if timeout is not None:
                 timeout += self.getExposure() / 1e3
-            # Whoever waits for room must hear of it before it is waited for.
+            # Those who wait for room must be woken before it is waited for.
             self._stop_event.set()
             self.taken.set()
         super()._stop_acquisition_thread(timeout)

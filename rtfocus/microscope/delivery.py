@@ -38,7 +38,7 @@ class FrameSink(Protocol):
     """
 
     def start(self, series: SeriesStart) -> None:
-        """Begin a series; may wait for whoever records it."""
+        """Begin a series; may wait for its recorder."""
         ...
 
     def acquire(self) -> Slot:
@@ -202,7 +202,7 @@ class Exposure:
 
 
 def untold(_header: FrameHeader) -> None:
-    """Tell nobody that a frame was handed over."""
+    """Ignore that a frame was handed over."""
 
 
 class Delivery:

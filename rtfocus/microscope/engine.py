@@ -68,7 +68,7 @@ class SequenceEngine(MDAEngine):
         core_logger.warning("camera '%s' lost %s of a hardware sequence", camera, lost)
 
     def is_stopped(self) -> bool:
-        """Tell whether somebody wants the end, so that nobody waits for a trigger."""
+        """Tell whether the plan was canceled, so that no trigger is waited for."""
         return self.mmcore.mda.status.cancel_requested
 
     def stacks(

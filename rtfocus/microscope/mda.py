@@ -208,7 +208,7 @@ class PlannedAcquisition:
     def _z_um(self, event: useq.MDAEvent, meta: Mapping[str, Any]) -> float | None:
         """Return where the z-stage stood: as read, else as planned.
 
-        None where it was asked and did not answer: then nobody knows.
+        None where it was asked and did not answer: then it is not known.
         """
         if not meta.get("hardware_triggered", False):
             position = meta.get("position", {"z": event.z_pos})
@@ -311,7 +311,7 @@ Place = tuple[tuple[str, int], ...]
 
 
 class FollowedAcquisition(PlannedAcquisition):
-    """One plan on its way through the engine of somebody else.
+    """One plan on its way through an engine that is not ours.
 
     That engine says which frame belongs to which event; images that it never
     delivers are not acquired. Nothing here raises into it: the first failure is

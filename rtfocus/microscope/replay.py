@@ -250,7 +250,7 @@ class Replay:
         self._black, self._first_black = 0, ""
         self._recording = Recording(images.series, config, repeats=replay.repeats)
         self._recording.require_one_geometry(pixel_size_um=replay.pixel_size_um)
-        # Of a file that cannot be opened, nobody knows how many planes it has.
+        # It is not known how many planes a file has that cannot be opened.
         self._planned = len(self._recording) + len(images.broken)
         self._observations = Observations()
         self.series = self._describe(config)

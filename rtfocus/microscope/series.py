@@ -2,8 +2,8 @@
 
 What pymmcore-plus says of a run travels in small JSON form. What it only logs although
 a frame may be wrong counts too: a stage or channel that cannot be set is a log line
-there and the run goes on. The lines are collected for the report, so that nobody has to
-read a log to learn it.
+there and the run goes on. The lines are collected for the report, so that users need
+not read a log to learn it.
 """
 
 import logging
@@ -90,7 +90,7 @@ class Complaints(logging.Handler):
         self._counts: Counter[str] = Counter()
         self.fault: str | None = None
         """What a camera written in Python died of during a hardware sequence; its
-        thread tells nobody else."""
+        thread tells nothing else."""
         self.failed_settings = 0
         """How often a device did not take what an event sets."""
         self.first_failed: str | None = None
@@ -332,7 +332,7 @@ def find_pixel_size_um(
     Raises
     ------
     ConfigError
-        If nobody knows it (the core of an uncalibrated objective says 0), or it
+        If it is not known (the core of an uncalibrated objective says 0), or it
         contradicts the optics that PSFs are computed from.
     """
     configured_um: float | None = getattr(config.microscope, "pixel_size_um", None)
@@ -384,7 +384,7 @@ def with_field_of_view(
     """Give grids that name no field of view this one; of a known pixel size, not 0.
 
     useq takes 1 um for one that is not given. Sizes that the plan names are kept:
-    somebody may want tiles that overlap.
+    tiles may overlap on purpose.
 
     Raises
     ------

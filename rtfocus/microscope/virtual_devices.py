@@ -186,7 +186,7 @@ CHANNEL = "Channel"
 """Property that picks the light; presets of the group of this name set it."""
 BIT_DEPTH = "BitDepth"
 _SHORT_S = 0.05
-"""A wait that nobody needs to cut short."""
+"""A wait that need not be cut short."""
 
 
 class VirtualCamera(SimpleCameraDevice):
@@ -274,7 +274,7 @@ class VirtualCamera(SimpleCameraDevice):
         get_buffer: Callable[[Sequence[int], DTypeLike], np.ndarray],
     ) -> Iterator[Mapping[str, str]]:
         """Expose frames one after the other, as fast as they are taken."""
-        # A snap finds the event as the last sequence left it: nobody stops that.
+        # A snap finds the event as the last sequence left it: nothing stops that.
         self._until = threading.Event() if self.stopping.is_set() else self.stopping
         return self._frames(n, get_buffer)
 
@@ -308,7 +308,7 @@ CAMERA, Z_STAGE, XY_STAGE = "Camera", "Z", "XY"
 # Micro-Manager's buffer holds this many times the backlog, at least this much.
 _BUFFER_BACKLOGS = 4
 _LEAST_BUFFER_MB = 16
-# A buffer that is cleared, which nobody tells, has room again as well.
+# A buffer that is cleared, without a notice, has room again as well.
 _LONGEST_WAIT_S = 0.1
 
 
@@ -336,7 +336,7 @@ def load_virtual_microscope(
     Returns
     -------
     dict[str, VirtualSpecimen]
-        What each channel looks at, for whoever wants the truth.
+        What each channel looks at, for comparisons with the truth.
 
     Raises
     ------

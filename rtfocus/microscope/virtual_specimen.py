@@ -299,7 +299,7 @@ class VirtualSpecimen:
         Raises
         ------
         ValueError
-            For a recorded stack, of which nobody knows the truth.
+            For a recorded stack, whose truth is not known.
         """
         if self.is_recorded:
             msg = "a recorded z-stack has no known truth; use an image or a drawing"

@@ -259,7 +259,7 @@ class Receiver:
         self._pictures: dict[int, Newest[Preview]] = {}
         self._ending = threading.Event()
         self.arrived = threading.Event()
-        """Set with every picture; whoever waits for one clears it."""
+        """Set with every picture; a waiting reader clears it."""
         self.series: SeriesStart | None = None
         self.metrics: Mapping[str, Any] = {}
         self.fault: str | None = None
@@ -298,7 +298,7 @@ class Receiver:
             self.series, self.metrics = one.series or self.series, one.metrics
             return
         frame = one.header.frame
-        # One without is for whoever wants estimates alone: nobody knows its channel.
+        # One without a picture carries an estimate alone, and its channel is not known.
         if frame is not None:
             channel = frame.index.get("c", 0)
             self._pictures.setdefault(channel, Newest()).put(one)

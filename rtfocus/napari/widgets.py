@@ -64,7 +64,7 @@ class FollowWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no ty
         super().__init__()
         self._viewer = napari_viewer
         self.receiver: Receiver | None = None
-        """None: nobody is followed."""
+        """None: no run is followed."""
         self.endpoint = QLineEdit(PreviewConfig().endpoint or "")
         self.endpoint.setToolTip("transport.preview.endpoint of the processor")
         self.button = QPushButton("Follow")

@@ -401,7 +401,7 @@ def _edge_weight(samples: int) -> tuple[Floats, ...]:
     fine = (axis[:, None] + (np.arange(5) - 2.0) / 5.0 * pitch).ravel()
     inside = (fine[:, None] ** 2 + fine[None, :] ** 2 <= 1.0).astype(np.float64)
     share = _bin(inside, 5) / 25.0
-    # Whoever asks next gets the same array.
+    # The next caller gets the same array.
     share.flags.writeable = False
     return (share,)
 

@@ -157,7 +157,7 @@ class Conditions:
         """Entries that are the same for all tiles."""
 
     def unknown(self, number: int) -> Image | None:
-        """Return the `rows` of so many tiles whose defocus nobody knows yet."""
+        """Return the `rows` of so many tiles whose defocus is not known yet."""
         return self.rows(np.full(number, np.nan, np.float32))
 
     def rows(self, defocus_um: Image) -> Image | None:

@@ -191,7 +191,7 @@ class FrameProcessor:
     def close(self) -> None:
         """Stop threads, fail what is in flight and free the device; twice is once.
 
-        A device that is still opening engines frees itself when it has: nobody waits.
+        A device that is still opening engines frees itself afterwards, without a wait.
         """
         for run in self._runs:
             run.abort()
@@ -341,7 +341,7 @@ class _Run:
     def _entered(self) -> Iterator[None]:
         """Enter the device if it can be, until the series is discarded.
 
-        If it cannot be, its frames fail: nobody waits on.
+        If it cannot be, its frames fail, so that nothing waits for ever.
         """
         with ExitStack() as stack:
             try:
@@ -367,7 +367,7 @@ class _Run:
         job.ticket.result.set_result(result_of(job, restored, self._device.name))
 
     def _try_step(self, step: Callable[[Job], None], job: Job) -> bool:
-        """Apply a step to a frame; its failure goes to whoever waits for the frame."""
+        """Apply a step to a frame; its failure goes to the ticket of the frame."""
         try:
             step(job)
         except Exception as error:  # any fault of one frame must not end the thread

@@ -122,7 +122,7 @@ class RunFacts:
 
     @property
     def errors_said(self) -> str:
-        """What is expected to be left in restored frames; empty: nobody knows it."""
+        """What is expected to be left in restored frames; empty: not known."""
         errors = [f.expected_error_counts for f in self.frames]
         known = [counts for counts in errors if counts is not None]
         if not known:
@@ -183,7 +183,7 @@ def left_out_by_hold(report: dict[str, Any]) -> str | None:
 
 
 def throughput_in_words(report: dict[str, Any]) -> str | None:
-    """Tell how fast a run was; None: nobody knows, as of one frame."""
+    """Tell how fast a run was; None: not known, as of one frame."""
     throughput = report.get("throughput", {})
     parts = ("frames_per_s", "seconds", "cpu_s_per_frame")
     if not throughput.get("frames_per_s") or None in map(throughput.get, parts):

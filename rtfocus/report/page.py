@@ -40,7 +40,7 @@ from rtfocus.writers.header import REPORT_NAME, is_finished, series_in_words
 _SHARE_FLAGGED = 0.01
 _MOST_REASONS = 8
 _AS_CONFIGURED = ("method is none", "no classifier is configured", "in the config")
-"""Ends of reasons why frames are not restored that somebody wanted."""
+"""Ends of the reasons, chosen in the config, why frames are not restored."""
 _SLOW_MS, _SLOW_TIMES = 1000.0, 5.0
 """Frames that wait so long, and so much longer than their own work takes."""
 _WORK = ("correct", "normalise", "classify", "restore")

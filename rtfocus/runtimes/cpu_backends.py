@@ -235,7 +235,7 @@ def choices(card: EngineCard, computes: Sequence[str]) -> list[Choice]:
     widest: Literal["f32", "bf16"] = "bf16" if "bf16" in computes else "f32"
     found = [Choice("fp32", "f32")]
     if card.sees_image_alone:
-        # Admitted by what it gives in f32; nobody has said what bf16 does to it.
+        # Admitted by what it gives in f32; what bf16 does to it is not known.
         return found
     if widest == "bf16":
         found.append(Choice("fp32", "bf16"))

@@ -176,7 +176,7 @@ class GpuBackend:
 
 
 PIXELS_PER_BATCH = 2**21
-"""What a restorer sees at once on a card that nobody knows: 32 tiles of 256 px."""
+"""What a restorer sees at once on an unknown card: 32 tiles of 256 px."""
 _SHARE = 4
 """A restorer takes up to this part of a card, whose other parts are for frames in
 flight, classifiers, and what runs beside."""

@@ -384,7 +384,7 @@ class TorchEngine:
 class TorchContext:
     """Implements `rtfocus.runtimes.gpu.GpuContext`.
 
-    The weights are the engine's alone: a context that somebody still holds keeps none.
+    The weights are the engine's alone: a context that is still held keeps none.
     """
 
     def __init__(self, engine: TorchEngine) -> None:

@@ -73,7 +73,7 @@ class TensorWords:
     halo_px: int
     dtype: str
     highest: float | None
-    """Largest value there may be; None: nobody says."""
+    """Largest value there may be; None: not stated."""
     steps: Sequence[Mapping[str, Any]]
     """Before or after the network, as spec 0.5 writes them."""
     test: File

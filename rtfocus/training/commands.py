@@ -184,7 +184,7 @@ def _history(recipe: RecipeBase, state: dict[str, Any]) -> dict[str, Any]:
     name = f"train_{recipe.name}"
     shipped = (resource_folder("configs") / f"{name}.yaml").is_file()
     history: dict[str, Any] = {
-        # A recipe of the user's own has a name that nobody else finds.
+        # A recipe of the user's own has a name that others cannot find.
         **({"command": f"rtfocus train {name}"} if shipped else {"run": recipe.name}),
         "seed": recipe.seed,
         "steps": state["step"],

@@ -120,7 +120,7 @@ class BatchFeed:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            # It writes nothing, and may be starting, or amid a batch nobody takes.
+            # It writes nothing, and may be starting, or amid a batch that is not taken.
             process.terminate()
             process.join()
         self._pipes, self._processes = [], []

@@ -88,7 +88,7 @@ class IoThread:
     open_loop
         Called in the thread; its exception is raised by this constructor.
     on_failure
-        Called in the thread when the loop fails, to wake whoever waits.
+        Called in the thread when the loop fails, to wake those who wait.
     """
 
     def __init__(
@@ -364,7 +364,7 @@ class Rejections:
 
 
 class Recent(Generic[T]):
-    """The last items of many, sent piece by piece; whoever uses it holds a lock.
+    """The last items of many, sent piece by piece; users hold a lock.
 
     Parameters
     ----------
@@ -390,7 +390,7 @@ class Recent(Generic[T]):
     def news(self, *, everything: bool) -> list[T]:
         """Return, oldest first, what came since the call before the last, or all.
 
-        Each item is sent twice, so that whoever misses one message misses nothing.
+        Each item is sent twice, so that a receiver may miss one message.
         """
         new = len(self._items) if everything else self.count - self._told[0]
         self._told = (self._told[1], self.count)

@@ -95,7 +95,7 @@ class SharedSlots(SlotPool):
 
     def release(self, slot: Slot) -> None:
         """Give a slot back; from here on no recorder takes its memory for the frame."""
-        # Whoever fills the slot next takes the pool's lock first: it writes no pixel
+        # The next user of the slot takes the pool's lock first: it writes no pixel
         # before this.
         self._generations[slot.index] += 1
         super().release(slot)
@@ -212,7 +212,7 @@ def open_segment(
 if sys.platform == "linux":
 
     def _make(size_bytes: int) -> tuple[mmap.mmap, str, int | None]:
-        """Return new memory, its name, and what to close once nobody may open it.
+        """Return new memory, its name, and what to close once all have opened it.
 
         Not in /dev/shm: a container limits that, and there it would outlive a kill.
         """

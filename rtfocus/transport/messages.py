@@ -99,7 +99,7 @@ class Ended(_Message, frozen=True, tag="ended"):
 
 
 class Ask(_Message, frozen=True, tag="ask"):
-    """Somebody who looks at the run asks for something; done if this side allows it."""
+    """A viewer of the run asks for something; done if this side allows it."""
 
     uid: str
     series_uid: str

@@ -53,7 +53,7 @@ _LONGEST_REST_S = 2.0
 """However busy the computer is, a picture is shown now and then."""
 _ESTIMATE_SIDE_PX = 512
 STATUS_S = 0.25
-"""Interval of states while somebody looks."""
+"""Interval of states while there are viewers."""
 _POINTS = 512
 _FOCUS_LINES = 128
 _ALL_EVERY = 8
@@ -62,7 +62,7 @@ late or lost a state; the others have what is new since the state before the las
 
 
 class PreviewPublisher:
-    """Offers frames to whoever looks.
+    """Offers frames to viewers.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ class PreviewPublisher:
         self._focus: Recent[tuple[int, dict[str, Any]]] = Recent(_FOCUS_LINES)
         self._states = 0
         self.watched = False
-        """Whether somebody is connected."""
+        """Whether a viewer is connected."""
         self.endpoint: str | None = None
         """Where it is bound, with the port that was chosen."""
         self.control: str | None = None
@@ -202,7 +202,7 @@ class PreviewPublisher:
     ) -> None:
         """Show a frame with what was made of it; never blocks.
 
-        At most one per channel and `interval_s`, and none while nobody looks.
+        At most one per channel and `interval_s`, and none without viewers.
 
         Parameters
         ----------
@@ -262,7 +262,7 @@ class PreviewPublisher:
         )
 
     def welcome(self) -> None:
-        """Tell everything in the next state: somebody has begun to look."""
+        """Send everything in the next state: there is a new viewer."""
         with self._lock:
             self._states = 0
 

@@ -140,7 +140,7 @@ class PublisherStatus:
     free_slots: int
     recorder_alive: bool
     recorder: str | None
-    """Who records and where: process, user, host, folder; None: nobody yet."""
+    """Who records and where: process, user, host, folder; None: no recorder yet."""
     left: str | None
     """Why the last recorder went away, if it said so."""
     resent: int
@@ -165,7 +165,7 @@ class FramePublisher(Closing):
         Called with each new focus estimate, newest wins, from the I/O thread: it
         must return at once.
     on_ask
-        The same with what somebody asks for who looks at the run.
+        The same with what a viewer of the run asks for.
     waits_for_another
         Whether one that declines a series may be followed by another in time.
 
@@ -350,7 +350,7 @@ class FramePublisher(Closing):
 
     def _nobody_came(self) -> str:
         registrar = self._loop.registrar
-        # Whoever has other keys is turned away before it can say who it is.
+        # A peer with other keys is turned away before it can say who it is.
         keys = " and curve_keys" if self._config.curve_keys else ""
         msg = (
             f"no recorder came to {self.endpoints[1]} within "

@@ -167,7 +167,7 @@ class PublisherLoop:
     def open_series(self, outbox: Outbox, pool: SlotPool) -> None:
         """Serve this series from now on."""
         self._abandon("a new series began")
-        # Slots of an earlier pool: nobody waits for them any more.
+        # Slots of an earlier pool: they are not waited for any more.
         self._lingering.clear()
         self.registrar.settled.clear()
         self._out.forget()
@@ -243,7 +243,7 @@ class PublisherLoop:
                 self._retry = True
                 return
             recorder.rewind_due = False
-            # Whoever started the series waits for this.
+            # The starter of the series waits for this.
             with outbox.changed:
                 outbox.changed.notify_all()
         while (slot := outbox.take(recorder.credit_upto)) is not None:

@@ -50,7 +50,7 @@ _LOOK_S = 0.1
 
 
 class FrameReceiver:
-    """Records one series after the other; whoever leaves it by an error says which.
+    """Records one series after the other; leaving it by an error tells the publisher.
 
     Parameters
     ----------
@@ -283,7 +283,7 @@ class FrameReceiver:
             raise TransportError(msg)
 
     def _fail(self, failure: TransportError) -> None:
-        """Wake whoever iterates when the I/O thread fails."""
+        """Wake the iterating thread when the I/O thread fails."""
         dialogue = self._dialogue
         if dialogue is not None and dialogue.inflow is not None:
             dialogue.inflow.lose(str(failure))

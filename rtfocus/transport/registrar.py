@@ -229,9 +229,9 @@ class Registrar:
     estimates: Newest[Estimate] = field(
         default_factory=lambda: Newest(lambda estimate: estimate.sequence)
     )
-    """The newest one, until somebody takes it."""
+    """The newest one, until it is taken."""
     asked: list[Act] = field(default_factory=list)
-    """What the recorder asked for, until somebody takes it."""
+    """What the recorder asked for, until it is taken."""
     resent: int = 0
     """Frames sent more than once."""
     left: str | None = None
@@ -241,7 +241,7 @@ class Registrar:
     stranger: str | None = None
     """Who was refused last for another pairing."""
     settled: list[Slot] = field(default_factory=list)
-    """Slots of durable frames, until somebody takes them."""
+    """Slots of durable frames, until they are taken."""
     _watched_s: float = math.inf
     """When the I/O thread had its last turn; infinite before the first."""
 
@@ -415,7 +415,7 @@ class Registrar:
 
 
 def _pairing_text(pairing: str) -> str:
-    """Return a pairing for people; a word somebody chose stays untold."""
+    """Return a pairing for people; a word that a user chose is not shown."""
     if not pairing:
         return "nothing"
     derived = pairing.startswith(DERIVED)

@@ -34,7 +34,7 @@ _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 def create_keys(folder: Path) -> Path:
     """Make a folder of fresh keys for one server and one client.
 
-    On POSIX nobody but its owner can look into the folder; on Windows it has the
+    On POSIX only its owner can look into the folder; on Windows it has the
     rights of the folder around it.
 
     Raises
@@ -82,7 +82,7 @@ def secure_client(
 
 
 class ClientList:
-    """Admits the clients in ``clients/`` and nobody else (ZeroMQ RFC 27, ZAP).
+    """Admits the clients in ``clients/`` and no others (ZeroMQ RFC 27, ZAP).
 
     libzmq asks it over an inproc socket, which joins the poller of the thread
     that owns the other sockets of the same context.

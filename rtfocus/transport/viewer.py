@@ -134,7 +134,7 @@ class HoldLine(_FocusLine, frozen=True, kw_only=True, tag="hold"):
 
 
 class RequestLine(_FocusLine, frozen=True, kw_only=True, tag="request"):
-    """What somebody who looks at the run asked for."""
+    """What a viewer of the run asked for."""
 
     what: str
 
@@ -168,7 +168,7 @@ def in_words(line: FocusLine) -> str | None:
 
 
 class PreviewStatus(msgspec.Struct, frozen=True, tag="status", tag_field="type"):
-    """How the processor is; sent several times a second while somebody looks."""
+    """How the processor is; sent several times a second while there are viewers."""
 
     version: int
     state: Literal["waiting", "running"]

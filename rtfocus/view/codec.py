@@ -29,7 +29,7 @@ VERSION = 1
 HEADER = struct.Struct("<4sBBBxIiiiiiddIfIIdfB3x")
 PLANE = struct.Struct("<BBBBIIIfffffB3x")
 UNKNOWN = 0xFFFFFFFF
-"""Number of saturated pixels that nobody counted."""
+"""Number of saturated pixels where they were not counted."""
 
 
 class PlaneKind(IntEnum):

@@ -1,7 +1,7 @@
 """Scene: what all viewers are shown, and the sources that fill it.
 
 Sources fill it from their threads, out of a processor or a run folder; viewers read it
-from the server's loop; whoever is slow misses what came between.
+from the server's loop; a slow viewer misses what came between.
 """
 
 import contextlib
@@ -234,7 +234,7 @@ _LOOK_S = 0.1
 _GONE_S = 2.0
 """A processor that says nothing for so long is gone: it speaks four times a second."""
 _IDLE_S = 10.0
-"""Nobody looks for so long: the processor is left alone until somebody does."""
+"""Without viewers for so long the processor is left alone until one comes."""
 _READ_S = 0.3
 _ANSWER_S = 10.0
 _MOST_ASKED = 8
@@ -271,7 +271,7 @@ class RunSource(Source):
         self._stored = stored
 
     def run(self) -> None:
-        """Read the journal on while somebody looks."""
+        """Read the journal on while there are viewers."""
         scene, stored = self.scene, self._stored
         while not self.closing.is_set():
             scene.watched.wait()
@@ -314,7 +314,7 @@ class LiveSource(Source):
         scene.act = self._ask
 
     def run(self) -> None:
-        """Receive while somebody looks."""
+        """Receive while there are viewers."""
         while not self.closing.is_set():
             self.scene.watched.wait()
             if not self.closing.is_set():
@@ -415,7 +415,7 @@ class LiveSource(Source):
         is_answered = question.answered.wait(_ANSWER_S)
         self._room.release()
         if not is_answered:
-            # Nor does it later: somebody may have done something else by then.
+            # Nor does it later: something else may have been done by then.
             with contextlib.suppress(ValueError):
                 self._asked.remove(question)
             return "the processor does not answer"

@@ -66,11 +66,11 @@ class Listening:
     port: int = 0
     """0: any free one."""
     token: str | None = None
-    """Required from whoever comes; None: from nobody, on this machine alone."""
+    """Required of every visitor; None: of none, on this machine alone."""
 
     @property
     def is_local(self) -> bool:
-        """Tell whether nobody beyond this machine can come."""
+        """Tell whether only this machine can connect."""
         return is_local(f"tcp://{_bracketed(self.host)}:1")
 
     def protected(self) -> "Listening":
@@ -142,7 +142,7 @@ def _asked_plane(
 
 
 class _Guard:
-    """Lets in whoever comes from this page, with the token where there is one."""
+    """Lets in visitors of this page, with the token where there is one."""
 
     def __init__(self, app: ASGIApp, scene: Scene, listening: Listening) -> None:
         self._app, self._scene, self._listening = app, scene, listening

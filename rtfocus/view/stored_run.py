@@ -110,7 +110,7 @@ Place = tuple[int, int, int, int]
 
 
 def _captured_s(line: Line, started_ns: int) -> float | None:
-    """Return when a frame was taken; None: a repair found it, and nobody knows."""
+    """Return when a frame was taken; None: a repair found it, and it is not known."""
     captured_ns = line.get("captured_ns")
     return None if captured_ns is None else (int(captured_ns) - started_ns) / 1e9
 

@@ -131,7 +131,7 @@ class Viewer:
             await asyncio.gather(looking, sending, return_exceptions=True)
 
     async def _look(self, wake: Callable[[], None]) -> None:
-        """Count as somebody who looks, but not while a picture is left untaken."""
+        """Count as a viewer, but not while a picture is left untaken."""
         while True:
             end = self._scene.listen(wake)
             try:

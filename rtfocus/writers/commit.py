@@ -238,7 +238,7 @@ class CommitQueue:
         """Append an entry; the caller has waited for room."""
         with self._changed:
             self._entries.append(entry)
-            if entry.sealed:  # else nobody can go on
+            if entry.sealed:  # else no waiter can go on
                 self._changed.notify_all()
 
     def seal(self, entry: Entry, futures: list[Commit]) -> None:

@@ -5,7 +5,7 @@ system holds the lock, on Windows, Linux, macOS and on network disks that can lo
 lets it go with the process, also after ``kill -9``. A frozen process keeps it. Beside
 the lock lies who holds it. Some disks forget locks when they reconnect, so a writer
 looks at that file again before it changes anything it has not looked at for a second:
-whoever was replaced touches nothing.
+a writer that was replaced touches nothing.
 """
 
 import ctypes
@@ -82,7 +82,7 @@ class RunLock:
     folder
         Must exist.
     doing
-        What the holder does with the folder, for whoever is refused.
+        What the holder does with the folder, for those that are refused.
 
     Raises
     ------
@@ -125,7 +125,7 @@ class RunLock:
         BusyError
             Then nothing in the folder may be touched any more.
         WriterError
-            If nobody can know, for longer than a virus scanner or a network disk
+            If it cannot be known, for longer than a virus scanner or a network disk
             takes: then nothing may be touched either.
         """
         # The wall clock goes on while a machine sleeps, the monotonic one may not.
@@ -152,7 +152,7 @@ class RunLock:
             return
         holder = _read_holder(self._folder)
         if holder is not None and holder.token == self._holder.token:
-            with suppress(OSError):  # nobody is hindered by it: the lock decides
+            with suppress(OSError):  # it hinders no one: the lock decides
                 (self._folder / HOLDER_NAME).unlink(missing_ok=True)
         self._lock.release()
 
@@ -164,7 +164,7 @@ class RunLock:
 
 
 def holder_of(folder: Path) -> LockHolder | None:
-    """Return who writes the folder now; None: nobody, as far as is known.
+    """Return who writes the folder now; None: no process, as far as is known.
 
     Changes nothing: a folder that was never locked, or may only be read, stays as it
     is.
@@ -400,10 +400,10 @@ _NAMES = (
 
 
 def added_to(folder: Path) -> Path | None:
-    """Return what somebody has added to a finished run; None: nothing.
+    """Return what was added to a finished run; None: nothing.
 
     Notes beside its images are that, and labels that a viewer saved in one. A header
-    that cannot be read counts as somebody's too.
+    that cannot be read counts as added too.
     """
     known = {folder / name for name in _NAMES}
     try:
@@ -442,7 +442,7 @@ def holds_unfinished(folder: Path, series_uid: str) -> bool:
     if is_finished(folder):
         return False
     if folder.is_dir() and is_bare(folder):
-        # One that another process is just beginning is somebody else's.
+        # One that another process is just beginning is not ours.
         return holder_of(folder) is None
     try:
         return read_header(folder).series.series_uid == series_uid

@@ -327,7 +327,7 @@ class GapFinder:
         return gaps
 
     def postpone(self) -> list[Missing]:
-        """Return lost frames without a place, because somebody waits for them.
+        """Return lost frames without a place, because they are waited for.
 
         Their places follow with the next planned frame, without a sequence.
         """

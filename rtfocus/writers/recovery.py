@@ -90,13 +90,13 @@ def mend_journal(
     Parameters
     ----------
     folder
-        The run folder; nobody else writes it.
+        The run folder; nothing else writes it.
     header
         Of the run.
     images
         Its arrays, opened; they grow where frames lie beyond their length.
     sequences
-        How many a finished run had, by its report; None: nobody knows.
+        How many a finished run had, by its report; None: not known.
 
     Returns
     -------
@@ -372,7 +372,7 @@ class _Merging:
 
 
 def _keep_copy(folder: Path, path: Path) -> str:
-    """Copy a damaged journal to where nobody touches it; return that place."""
+    """Copy a damaged journal to where nothing touches it; return that place."""
     for number in count(1):
         copy = folder / ASIDE_NAME / f"{path.name}.{number}"
         if not copy.exists():

@@ -161,7 +161,7 @@ class RunWriter:
         self._commits = CommitQueue(
             header.store.outstanding, self._books, self._start_held
         )
-        """What is under way; whoever takes a frame in waits for room there."""
+        """What is under way; `append` waits for room there."""
         self._shards = _OpenShards(
             self._images, header.store.shard_frames, self._commits.seal
         )
@@ -253,7 +253,7 @@ class RunWriter:
             report["write_error"] = str(failed)
         untold = None if self._failure_raised else failed
         with beside(untold, "finishing the run folder"):
-            # Removed meanwhile, it would leave a run that nobody could open or repair.
+            # Removed meanwhile, the run could be neither opened nor repaired.
             if not (self.folder / HEADER_NAME).exists():
                 self._header.write(self.folder)
             finish_run(
@@ -352,7 +352,7 @@ class RunWriter:
         self._commits.put(Entry(numbers, [line], slot, sealed=True))
 
     def _start_held(self) -> None:
-        """Start all that is held back, because somebody waits; from any thread."""
+        """Start all that is held back, because it is waited for; from any thread."""
         with self._order:
             self._shards.flush()
             self._place(self._gaps.postpone())

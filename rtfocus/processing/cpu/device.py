@@ -218,7 +218,7 @@ class CpuDevice:
         camera, pixels = job.plan.camera, job.slot.pixels
         with job.stage("correct"):
             if channel.classifier is None and channel.restorer is None:
-                # Recorded alone: nobody reads the signal.
+                # Recorded alone: the signal is not read.
                 buffers.marks = camera.mark(pixels)
             else:
                 buffers.pedestal = camera.pedestal(pixels)
@@ -242,7 +242,7 @@ class CpuDevice:
         return buffers.prediction.defocus
 
     def begin_restoring(self, job: Job) -> None:
-        """Nothing: a CPU restores when somebody waits for it."""
+        """Do nothing: a CPU restores in `restore`."""
 
     def restore(self, job: Job) -> NDArray[Any] | None:
         """Restore a frame, into a scratch frame of this thread and then its slot's."""
@@ -274,7 +274,7 @@ class CpuDevice:
         job.plan.camera.to_counts(scratch, restored, invalid)
 
     def close(self) -> None:
-        """Free the engines; the buffers stay, somebody may still read a result."""
+        """Free the engines; the buffers stay, for results may still be read."""
         for channel in self._channels:
             channel.close()
         self._channels = []

@@ -273,7 +273,7 @@ class LearnedWienerRestorer(LevelRestorer):
     normalisation
         What the network expects of a frame's values.
     network
-        What `predict` runs, closed by `close`; None: somebody else closes it.
+        What `predict` runs, closed by `close`; None: the caller closes it.
     """
 
     def __init__(

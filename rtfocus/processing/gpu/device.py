@@ -203,7 +203,7 @@ class GpuDevice:
     config
         Sections ``processing`` and ``store``.
     trace
-        Told when every stage of a frame began and ended; None: nobody is.
+        Called with begin and end of every stage of a frame, if any.
     index
         Which GPU; None: the first of ``processing.gpu.index``.
 
@@ -399,7 +399,7 @@ class GpuDevice:
                 may = self._settings.on_lack_of_memory == "fewer_frames"
                 if number == 0 or not may or isinstance(error, LostGpuError):
                     raise
-                # The text alone: whoever keeps the log must not keep the error.
+                # The text alone: a log record must not keep the error.
                 reason = str(error)
                 logger.warning(
                     "%d frames in flight instead of %d: %s", number, wanted, reason

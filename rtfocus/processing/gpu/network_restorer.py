@@ -59,7 +59,7 @@ class JointRestorer(FrameRestorer):
         colours of a frame one after the other. None: the pass that found the defocus
         has restored the frame too.
     labels
-        Maps that an own pass fills where its labels are asked for; None: nobody does.
+        Maps that an own pass fills where its labels are asked for; None: they are not.
     weighing
         Weighs what the engine corrected; None: all of it is taken.
     """

@@ -11,7 +11,7 @@ resize and convolution. For many objectives, and safe on what is sharp already:
 - *gate*: the correction is multiplied by the probability that there is anything to
   correct, so focus and background pass through.
 
-rtfocus-2, for microscopes nobody has described, goes on from weights of the first:
+rtfocus-2, for microscopes with unknown optics, goes on from weights of the first:
 
 - *sampling may be hidden*: a flag says whether it is given. Where it is not, levels are
   those of the reference optics that blur over as many pixels: all that an image tells.
