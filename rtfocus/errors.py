@@ -20,7 +20,7 @@ programmer errors stay ``ValueError`` and ``TypeError``.
     ├── EngineError        an engine that cannot be loaded, fitted or run
     ├── WriterError        the run folder: disk, store, journal
     │   ├── BusyError      another process writes the run folder
-    │   └── NoRunError     a folder that is none
+    │   └── NoRunError     not a run folder
     ├── IncompleteError    the work ended, but not all that was planned is there
     └── WorkerError        a thread of the loop failed; names it, keeps the cause
 
@@ -161,7 +161,7 @@ class BusyError(WriterError):
 
 
 class NoRunError(WriterError):
-    """What is given as a run folder is none, or cannot be opened."""
+    """What is given as a run folder is not one, or cannot be opened."""
 
     exit_code = ExitCode.INPUT
 

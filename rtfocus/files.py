@@ -247,7 +247,7 @@ def path_given(given: object, what: str) -> Path:
     Raises
     ------
     InputError
-        If it is none.
+        If it is not a path.
     """
     if not isinstance(given, (str, os.PathLike)):
         msg = f"{what} is of type {type(given).__name__}; give a path"

@@ -310,7 +310,7 @@ class Focusing:
         Raises
         ------
         ConfigError
-            If the focus channel is none of the series', or tells no focus.
+            If the focus channel is not in the series, or tells no focus.
         """
         if not self.holds:
             return None
@@ -412,7 +412,7 @@ def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
     Raises
     ------
     ConfigError
-        If the core is none or the config cannot be used. A channel without optics or
+        If it is not a core or the config cannot be used. A channel without optics or
         classifier is refused when it is searched.
 
     Examples

@@ -283,7 +283,7 @@ class DefocusMap:
         step_um: float,
         farthest: int,
     ) -> "DefocusMap":
-        """Return a map with what is farther in the frame of half the size as it is.
+        """Return a map that takes far defocus from the frame of half the size.
 
         Parameters
         ----------

@@ -162,7 +162,7 @@ class SideProcess:
     def failed(self) -> bool:
         """Tell whether the process ended with an error.
 
-        A series with fewer frames than planned is none: the processor side has all
+        A series with fewer frames than planned is no error: the processor side has all
         that came, and says what is missing.
         """
         return self._process.poll() not in (None, ExitCode.DONE, ExitCode.INCOMPLETE)
@@ -331,7 +331,7 @@ def _disk(config: Config, series: SeriesStart | None) -> str:
 
 
 def takes_files(run_folder: Path) -> Path:
-    """Return what there is of a run.folder; refuse one that takes no files."""
+    """Return the existing part of a run.folder; refuse one that takes no files."""
     folder = nearest_existing(run_folder)
     around = folder.absolute()
     for run in filter(run_at, (around, *around.parents)):

@@ -334,7 +334,7 @@ def run_search(
     timeout_s
         Since the last progress; then the search ends at the best z it has seen.
     on_step
-        Told of every image as soon as it is decided on.
+        Called with every image as soon as it is decided on.
     is_canceled
         Asked after every image; then the search ends at the best z it has seen.
     clock

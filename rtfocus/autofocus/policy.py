@@ -120,7 +120,7 @@ class MoveRule:
     def target(self, z_um: float, wanted_um: float) -> float | None:
         """Return where a wish may lead from an allowed position; None: nowhere.
 
-        The step is clipped, then the place; a wish within the deadband is none.
+        The step is clipped, then the place; a wish within the deadband does not count.
         """
         if not (self.limits.holds(z_um) and isfinite(wanted_um)):
             return None
@@ -219,7 +219,7 @@ def load_calibration(path: Path) -> FocusCalibration:
     Raises
     ------
     ConfigError
-        If the file cannot be read or is none.
+        If the file cannot be read or is not a calibration.
     """
     remedy = "make it with: rtfocus calibrate CONFIG"
     values = read_yaml(path, "autofocus.calibration", remedy)

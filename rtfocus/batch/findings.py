@@ -283,7 +283,7 @@ def find_in(
 def stack_row(
     planes: Sequence[dict[str, Any]], series: ImageSeries, axis: str
 ) -> dict[str, Any]:
-    """Return what is known of the focus of a stack, and tell its planes of it.
+    """Return what is known of the focus of a stack, and note it in its planes.
 
     Parameters
     ----------

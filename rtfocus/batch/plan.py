@@ -221,7 +221,7 @@ class Ledger:
         """OME-Zarr that is being filled."""
 
     def plan(self) -> BatchPlan | None:
-        """Return the plan; None: there is none.
+        """Return the plan; None: not begun.
 
         Raises
         ------

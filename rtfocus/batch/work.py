@@ -120,7 +120,7 @@ class _Opened:
         self._sources: OrderedDict[str, list[ImageSeries]] = OrderedDict()
 
     def do(self, unit: Unit, ledger: Ledger) -> list[str]:
-        """Do a unit and return what is to be said of it."""
+        """Do a unit and return the notes on it."""
         job, images = self._plan.job, self._images
         series = self._series(unit)
         images.turn_to((series,))

@@ -47,7 +47,7 @@ from rtfocus.runtimes.tensorrt.plans import (
 )
 
 Row = tuple[str, str]
-"""Topic and what is said of it."""
+"""Topic and value."""
 
 VALUES = {
     Values.input: "as those of its input",

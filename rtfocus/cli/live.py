@@ -221,7 +221,7 @@ def run(
 
 
 def _refuse_mistyped(config: Config) -> None:
-    """Refuse a plan or an engine that is none before both sides start: that takes long.
+    """Refuse a mistyped plan or engine before both sides start, which takes long.
 
     Only what this run is sure to ask for: engines of the channels that its plan names.
     """

@@ -352,7 +352,7 @@ def _tell(lines: Iterable[str]) -> None:
 def _say_restored(
     place: ImageOutput, images: FoundImages, broken: list[BrokenImage]
 ) -> None:
-    """Say what is on the disk, counted there; fail if not all of it is."""
+    """Say what is on the disk, counted there; fail if some is missing."""
     written = place.written()
     targets = place.targets * (1 if place.is_folder else len(images.series))
     pairs = zip(images.series, targets, strict=True)

@@ -241,7 +241,7 @@ def _thinned(x: Floats, y: Floats) -> tuple[Floats, Floats]:
 _GAP_PT, _CAPTION_PT, _FOOT_PT, _BAR_PT, _TICKS_PT = 14.0, 22.0, 12.0, 9.0, 44.0
 _AXES_PT, _UNIT_PT = 46.0, 20.0
 _LEAST_SMOOTH_PX = 64
-"""Images of fewer pixels are shown as squares: their pixels are what is looked at."""
+"""Images of fewer pixels are shown as squares: each pixel matters."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def package_folders() -> list[Path]:
 def _search_path() -> tuple[tuple[str, int], ...]:
     """Return where packages lie, and when each place last changed."""
     places = (place or os.curdir for place in sys.path)
-    # One that may not be looked into is none: Path.is_dir would raise.
+    # One that may not be looked into does not count: Path.is_dir would raise.
     return tuple((p, os.stat(p).st_mtime_ns) for p in places if os.path.isdir(p))
 
 

@@ -182,7 +182,7 @@ class Contender:
         return self.engine is not None and self.engine.card.kind != "restorer"
 
     def multiply_adds_per_pixel(self) -> float | None:
-        """Return the cost of the network under test alone; None: it is none."""
+        """Return the cost of the network under test alone; None: no network."""
         return None if self.engine is None else multiply_adds_per_pixel(self.engine)
 
     def config(

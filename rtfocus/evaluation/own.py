@@ -164,7 +164,7 @@ def _claim(wish: OwnWish, images: FoundImages, work: Path) -> None:
 
 
 class _OwnPlan:
-    """What was decided, on disk as soon as it is: later calls decide the same."""
+    """What was decided, written to disk at once: later calls decide the same."""
 
     def __init__(
         self,

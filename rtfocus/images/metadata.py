@@ -136,7 +136,7 @@ def coordinate_um(value: object, unit: str | None) -> float | None:
 
 
 def finite(value: object) -> float | None:
-    """Return a number of metadata, None if it is none or not finite."""
+    """Return a number of metadata, None if it is not a finite number."""
     if not isinstance(value, int | float | str) or isinstance(value, bool):
         return None
     try:
@@ -147,7 +147,7 @@ def finite(value: object) -> float | None:
 
 
 def positive(value: object) -> float | None:
-    """Return a number of metadata, None if it is none, not finite or not above 0."""
+    """Return a number of metadata, None if it is not a finite number above 0."""
     number = finite(value)
     return number if number is not None and number > 0 else None
 
@@ -229,7 +229,7 @@ def run_at(folder: Path) -> tuple[Path, Path] | None:
 def written_by_rtfocus(path: Path) -> bool:
     """Tell whether a file or folder is a whole result that rtfocus wrote.
 
-    The raw images of a run folder are none: they cannot be computed again. Nor is an
+    The raw images of a run folder are not: they cannot be computed again. Nor is an
     OME-Zarr to which something was added.
     """
     try:

@@ -403,7 +403,7 @@ def _ome_channels(like: ImageSeries) -> dict[str, object]:
 
 
 def _ome_planes(image: OutputImage) -> dict[str, object]:
-    """Return where and when the planes were taken, as far as it is known."""
+    """Return where and when the planes were taken, as far as known."""
     like = image.like
     stage = like.stage or StagePosition()
     taken = image.taken or [PlaneFacts()] * len(like)

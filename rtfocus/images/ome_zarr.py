@@ -188,7 +188,7 @@ def _images(
     if "multiscales" in _ome(group):
         yield name, group
         return
-    # zarr would warn of every folder that is none of its own.
+    # zarr would warn of every folder that it did not make.
     inside = [one.name for one in folder.iterdir() if depth < _DEEPEST and is_zarr(one)]
     for key in sorted(inside, key=_natural):
         child = group[key] if key not in ("labels", "OME") else None

@@ -67,7 +67,7 @@ def read_picture(path: Path) -> list[ImageSeries]:
     Raises
     ------
     InputError
-        If the file is none, or its colours are of a kind that cannot be kept.
+        If the file is not a picture, or its colours are of a kind that cannot be kept.
     """
     form = _form(path)
     return [

@@ -321,7 +321,7 @@ def pixels_of(image: object) -> NDArray[np.generic]:
     Raises
     ------
     InputError
-        If it is none, pixels of it are masked (no result says which), or it is more
+        If it is no image, pixels of it are masked (no result says which), or it is more
         than the memory of this machine: its result would be too.
     """
     if isinstance(image, (str, bytes, Path)):

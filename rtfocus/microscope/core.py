@@ -340,7 +340,7 @@ class Inventory:
     camera: str
     """The one in use."""
     shape: tuple[int, int]
-    """Rows and columns of its images as it is set."""
+    """Rows and columns of its images as currently set."""
     bit_depth: int
     exposure_ms: float
     focus_stage: str

@@ -295,7 +295,7 @@ class SetUps:
         Returns
         -------
         Geometry or None
-            Of all its images; None: that of the camera as it is.
+            Of all its images; None: that of the camera now.
 
         Raises
         ------

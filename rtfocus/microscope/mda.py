@@ -235,7 +235,7 @@ class PlannedAcquisition:
         Raises
         ------
         ConfigError
-            If the channel is none of the series'.
+            If the channel is not in the series.
         """
         assert self._delivery is not None
         names = [one.name for one in self._delivery.series.channels]

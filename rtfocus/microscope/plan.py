@@ -195,7 +195,7 @@ def _time_point(
 ) -> tuple[useq.MDASequence, int]:
     """Return a plan of the first time points, and how often it makes the whole.
 
-    The plan as it is, once, where a time point, or a copy, may differ from another.
+    The whole plan, once, where a time point, or a copy, may differ from another.
     """
     plan, positions = sequence.time_plan, sequence.stage_positions
     if (
