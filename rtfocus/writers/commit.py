@@ -71,7 +71,7 @@ class Tally:
 
     def __post_init__(self) -> None:
         self.named = TakenPlaces(self.plan)
-        """Places that hold a frame, or of which it is journalled that it is lost."""
+        """Places that hold a frame, or of which the journal says that it is lost."""
 
     def add(self, line: Line, pixels: Pixels | None = None) -> None:
         """Count one line; `pixels` are those of its frame, where they are at hand."""

@@ -127,10 +127,10 @@ def mend_journal(
     write_journal(path, _texts(path, rows))
     if strays.frames:
         frames = number_of(len(strays.frames), "frame")
-        steps.append(f"sound {frames} that no line named")
+        steps.append(f"journalled {frames} that no line named")
     lost = sum(row.is_new and row.status == MISSING for row in rows)
     if lost:
-        steps.append(f"sound {number_of(lost, 'frame')} as missing: {LOST}")
+        steps.append(f"journalled {number_of(lost, 'frame')} as missing: {LOST}")
     aside = set_aside(folder, strays.unsound)
     if aside is not None:
         shards = number_of(len(strays.unsound), "unfinished shard")
