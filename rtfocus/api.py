@@ -140,9 +140,9 @@ def restore(
     with ImageProcessor(settings, optics) as processor:
 
         def restore_plane(plane: Image) -> FrameResult:
-            result = processor.restore(plane, channel=channel, of_stack=True)
-            if expected_error:
-                errors.append(np.asarray(result.expected_error))
+            of_stack = np.ndim(plane) < np.ndim(image)
+            result = processor.restore(plane, channel=channel, of_stack=of_stack)
+            errors.append(np.asarray(result.expected_error))
             return result
 
         restored = _plane_by_plane(image, restore_plane, settings)

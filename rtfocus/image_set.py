@@ -397,7 +397,7 @@ class ImageSet(Closing):
             processor, name = self._processor(number, index["c"])
             process = processor.restore if restore else processor.classify
             with _naming_file(image):
-                result = process(pixels, channel=name, of_stack=True)
+                result = process(pixels, channel=name, of_stack=len(image) > 1)
             if number not in self._below and (told := told_below(pixels, offset)):
                 self._below[number] = f"'{image.path}': {told}"
             yield index, pixels, result

@@ -108,8 +108,12 @@ def focus_of_stack(
     >>> found.place, found.z
     ('within', 3.25)
     """
-    heights = np.asarray(z, np.float64)
-    off_um = np.abs(np.asarray(distance, np.float64))
+    try:
+        heights = np.asarray(z, np.float64)
+        off_um = np.abs(np.asarray(distance, np.float64))
+    except (TypeError, ValueError) as error:
+        msg = f"z and distance are numbers, NaN where there is none: {error}"
+        raise InputError(msg) from error
     if heights.ndim != 1 or heights.shape != off_um.shape:
         msg = f"{heights.shape} z for {off_um.shape} distances; give one for each plane"
         raise InputError(msg)

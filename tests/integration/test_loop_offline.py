@@ -534,3 +534,17 @@ def test_python_tells_of_planes_below_the_cameras_offset(caplog):
     rtfocus.classify(stack[0], optics=OPTICS, config=config)
     told = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
     assert [text.partition(":")[0] for text in told] == ["2 planes", "1 plane"]
+
+
+@pytest.mark.parametrize("how", ["restore", "classify"])
+def test_an_image_too_faint_to_compute_with_is_refused(how, tmp_path, config_file):
+    faint = (specimen(1) * 1e-25).astype(np.float32)
+    tifffile.imwrite(tmp_path / "faint.tif", faint)
+    into = {"restore": "-o", "classify": "--json"}[how]
+    output = tmp_path / ("out.tif" if how == "restore" else "out.json")
+    told = (tmp_path / "faint.tif", into, output, "--config", config_file)
+    ended = command(how, *told)
+    failed(ended, ExitCode.INPUT)
+    assert "faint.tif': the image has values up to " in ended.err
+    with pytest.raises(rtfocus.InputError, match=r"1e-15 to 1e\+15 can be computed"):
+        rtfocus.restore(faint, optics=OPTICS)

@@ -107,6 +107,10 @@ def test_planes_and_distances_that_do_not_fit_are_refused() -> None:
         focus_of_stack(range(5), [1.0] * 6)
     with pytest.raises(InputError, match="z has nan; leave planes"):
         focus_of_stack([0, 1, np.nan, 3, 4], [1.0] * 5)
+    # As in a column of text, and with a missing value of pandas in one.
+    for distances in (["far"] * 5, [1.0, 2.0, object(), 4.0, 5.0]):
+        with pytest.raises(InputError, match="numbers, NaN where there is none: "):
+            focus_of_stack(range(5), distances)
 
 
 def stack(**known: Any) -> dict[str, Any]:
