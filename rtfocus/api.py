@@ -374,8 +374,8 @@ def _refuse_method_without_optics(settings: Config) -> None:
     if method == BLIND:
         return
     if method not in METHODS:
-        found = find_engine(method, settings.processing.engine_folders, METHODS)
-        if not found.card.implementation.startswith("builtin:"):
+        named = find_engine(method, settings.processing.engine_folders, METHODS)
+        if not named.card.implementation.startswith("builtin:"):
             return
     msg = (
         f"the optics are unknown and '{method}' computes with them: give "
@@ -408,8 +408,8 @@ def _tell_blind(engine: str | None) -> None:
 
 def _tell_below_offset(planes: Iterable[Image], settings: Config) -> None:
     offset = settings.camera.offset_counts
-    if told := [text for plane in planes if (text := told_below(plane, offset))]:
-        _log.warning("%s: %s", number_of(len(told), "plane"), told[0])
+    if faults := [text for plane in planes if (text := told_below(plane, offset))]:
+        _log.warning("%s: %s", number_of(len(faults), "plane"), faults[0])
 
 
 def _plane_by_plane(

@@ -169,7 +169,7 @@ class RunExport:
             on_plane()
 
     def _provenance(self, kind: Kind, lacking: dict[str, list[str]]) -> dict[str, str]:
-        told = {
+        facts = {
             "command": "export",
             "run": self._run.folder.name,
             "series": self._run.series.series_uid,
@@ -178,15 +178,15 @@ class RunExport:
         if kind == "defocus":
             grid = self._run.header.grid
             signed = grid is not None and grid.signed
-            told["unit"] = f"um, {SIGN if signed else _UNSIGNED}"
+            facts["unit"] = f"um, {SIGN if signed else _UNSIGNED}"
         elif kind in INNER:
             said = self._specs[kind].says
-            told["unit"] = f"{said['unit']}, {said['meaning']}"
+            facts["unit"] = f"{said['unit']}, {said['meaning']}"
         for why, planes in lacking.items():
             more = len(planes) - _MOST_NAMED
             named = ", ".join(planes[:_MOST_NAMED])
-            told[f"planes {why}"] = named + (f" and {more} more" if more > 0 else "")
-        return told
+            facts[f"planes {why}"] = named + (f" and {more} more" if more > 0 else "")
+        return facts
 
     def _refuse_two_kinds_of_wells(self) -> None:
         if len(self._kinds) > 1 and self.images[0].place is not None:
@@ -306,23 +306,23 @@ def _images_by_position(run: Run, spec: ImageSpec) -> list[ImageSeries]:
     ]
 
 
-def _by_position(run: Run, found: list[ImageSeries]) -> list[ImageSeries]:
+def _by_position(run: Run, images: list[ImageSeries]) -> list[ImageSeries]:
     """Return images by index p; those of a plate are read well by well."""
-    if len(found) != len(run.positions):
+    if len(images) != len(run.positions):
         msg = (
-            f"'{run.folder}' has {len(found)} images, not {len(run.positions)} as its "
+            f"'{run.folder}' has {len(images)} images, not {len(run.positions)} as its "
             f"positions; look at it with: rtfocus check {run.folder}"
         )
         raise InputError(msg)
-    if found[0].place is None:
-        return found
+    if images[0].place is None:
+        return images
     places = {
         (
             place.rows[place.row],
             place.columns[place.column],
             image.name.rpartition("_")[2],
         ): image
-        for image in found
+        for image in images
         if (place := image.place) is not None
     }
     return [

@@ -315,19 +315,19 @@ class Focusing:
         if not self.holds:
             return None
         names = list(channels)
-        wanted = self._config.autofocus.focus_channel or (names or ["default"])[0]
-        if names and wanted not in names:
+        name = self._config.autofocus.focus_channel or (names or ["default"])[0]
+        if names and name not in names:
             msg = (
-                f"autofocus.focus_channel '{wanted}' is none of the plan's channels "
+                f"autofocus.focus_channel '{name}' is none of the plan's channels "
                 f"({', '.join(names)}): held focus is told by planned images"
             )
             raise ConfigError(msg)
-        models = focuser.models(wanted)
+        models = focuser.models(name)
         holder = Holder(
             models,
             # Each place brings limits of its own; without them nothing may move.
             focuser.move_rule(models.unit_um, Limits(0.0, 0.0)),
-            channel=names.index(wanted) if names else 0,
+            channel=names.index(name) if names else 0,
             on_correction=partial(self._note, focuser.journal),
             searched=self.inbox.searched,
         )

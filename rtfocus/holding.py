@@ -141,10 +141,10 @@ class HeldPlace:
         self._focuser.tell(f"focus is {why}")
         stood_um = self._stage.position_um()
         begun_s = time.monotonic()
-        found = self._focused_verdict()
+        verdict = self._focused_verdict()
         ended_s = time_s + time.monotonic() - begun_s
-        self.begin(found, ended_s)
-        if found is not None:
+        self.begin(verdict, ended_s)
+        if verdict is not None:
             return
         self._go_to(stood_um)
         if self.holder.knows(_HERE) and not self.holder.lost(_HERE):

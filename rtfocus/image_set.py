@@ -441,9 +441,9 @@ def restoring_with(settings: Config, engine: str, *, whole: bool = True) -> Conf
     settings = with_engine(settings, "restoration", method.model_dump())
     if not whole or engine in (*METHODS, "none"):
         return settings
-    found = find_engine(engine, settings.processing.engine_folders, METHODS)
-    if found.card.sees_image_alone:
+    named = find_engine(engine, settings.processing.engine_folders, METHODS)
+    if named.card.sees_image_alone:
         return with_engine(settings, "classifier", None)
-    if found.card.kind != "joint":
+    if named.card.kind != "joint":
         return settings
     return with_engine(settings, "classifier", engine)

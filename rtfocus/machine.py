@@ -386,7 +386,7 @@ def usable(
         If the wanted one, or every one, is unavailable; gives each reason.
     """
     reasons: list[str] = []
-    found = False
+    has_any = False
     for kind in kinds:
         if wanted not in ("auto", kind.name):
             continue
@@ -394,12 +394,12 @@ def usable(
         if why is not None:
             reasons.append(f"{kind.name}: {why}")
             continue
-        if not found:
+        if not has_any:
             passed_over = f" (not {'; '.join(reasons)})" if reasons else ""
             logger.info("%s: %s%s", what, kind.name, passed_over)
-        found = True
+        has_any = True
         yield kind
-    if not found:
+    if not has_any:
         known = ", ".join(kind.name for kind in kinds)
         told = "; ".join(reasons) or f"known are {known} and auto"
         msg = f"no {what} for '{wanted}': {told}{remedy}"

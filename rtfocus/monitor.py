@@ -168,8 +168,8 @@ class Monitor:
         channel = series.channels[header.index.get("c", 0)].name
         if channel not in self._below_offset:
             self._below_offset.add(channel)
-            told = told_below(slot.pixels, self._offset_counts)
-            _log.warning("frame %d, channel '%s': %s", header.sequence, channel, told)
+            fault = told_below(slot.pixels, self._offset_counts)
+            _log.warning("frame %d, channel '%s': %s", header.sequence, channel, fault)
 
     def committed(self, slot: Slot) -> None:
         """Note a frame that is on the disk."""
@@ -310,8 +310,8 @@ class FocusLog:
         self._write(lines)
         # What a peer sends in another form is kept, not shown.
         read = [found for line in lines if (found := focus_line(line)) is not None]
-        told = [text for line in read if (text := in_words(line)) is not None]
-        return told[-1] if told else None
+        texts = [text for line in read if (text := in_words(line)) is not None]
+        return texts[-1] if texts else None
 
     def end(self, end: SeriesEnd) -> None:
         """Write down what the microscope side did after its last frame."""

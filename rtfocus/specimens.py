@@ -102,12 +102,12 @@ def normalise_sharp(
     black, white = np.percentile(pixels, [black_percentile, white_percentile])
     scaled = np.clip((pixels - black) / max(white - black, 1e-6), 0.0, 1.0)
     pixels = np.asarray(scaled, dtype=np.float32)
-    for axis, wanted in enumerate(shape or pixels.shape[:2]):
+    for axis, target in enumerate(shape or pixels.shape[:2]):
         # Centred, mirrored without repeating the edge: 0 1 2 3 2 1 0 1 ...
         side = pixels.shape[axis]
-        start = (side - wanted) // 2
+        start = (side - target) // 2
         turn = max(2 * (side - 1), 1)
-        place = np.arange(start, start + wanted) % turn
+        place = np.arange(start, start + target) % turn
         pixels = np.take(pixels, np.minimum(place, turn - place) % side, axis=axis)
     return np.asarray(np.ascontiguousarray(pixels), dtype=np.float32)
 

@@ -83,8 +83,8 @@ class FocusActions(MDAEngine):
         """Set everything back, the offset of a hardware focus device too."""
         if self.focuser.moves_offset and self._found_at_um is not None:
             # What the hardware holds is not moved at the end of the plan either.
-            found, self._initial_state = self._initial_state, {}
-            set_back_light(self.mmcore, found)
+            settings, self._initial_state = self._initial_state, {}
+            set_back_light(self.mmcore, settings)
             try:
                 self.focuser.stage().go_to(self._found_at_um)
             except MicroscopeError as error:  # the rest of the plan's end follows
@@ -189,8 +189,8 @@ class FocusActions(MDAEngine):
     def _focus_image(self, event: useq.MDAEvent) -> useq.MDAEvent:
         """Return the event of the images that tell focus: their light and planned z."""
         channel, exposure = event.channel, event.exposure
-        plan, wanted = autofocus_plan(event), self.focuser.config.focus_channel
-        for_each = wanted is None and plan is not None and "c" in plan.axes
+        plan, name = autofocus_plan(event), self.focuser.config.focus_channel
+        for_each = name is None and plan is not None and "c" in plan.axes
         if self._light is not None and not (for_each and channel is not None):
             light = self._light
             channel = useq.EventChannel(config=light.config, group=light.group)

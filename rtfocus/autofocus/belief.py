@@ -331,17 +331,17 @@ class Drift:
 
 def _likeliest(courses: list[_Course]) -> list[_Course]:
     """Join courses that are alike and keep the likeliest; weights sum to 1."""
-    kept: list[_Course] = []
+    joined: list[_Course] = []
     for course in sorted(courses, key=lambda one: -one.weight):
-        for number, other in enumerate(kept):
+        for number, other in enumerate(joined):
             if other.is_like(course):
-                kept[number] = replace(other, weight=other.weight + course.weight)
+                joined[number] = replace(other, weight=other.weight + course.weight)
                 break
         else:
-            kept.append(course)
-    kept = sorted(kept, key=lambda one: -one.weight)[:_MOST_COURSES]
-    total = sum(course.weight for course in kept)
-    return [replace(course, weight=course.weight / total) for course in kept]
+            joined.append(course)
+    joined = sorted(joined, key=lambda one: -one.weight)[:_MOST_COURSES]
+    total = sum(course.weight for course in joined)
+    return [replace(course, weight=course.weight / total) for course in joined]
 
 
 def _split(part: Indices, weights: Floats, valley: float) -> list[Indices]:

@@ -175,8 +175,8 @@ class Focuser:
             msg = "a plan has the stage; wait for its end, or ask in its autofocus_plan"
             raise MicroscopeError(msg)
         stage = stage or self.stage()
-        rest = nullcontext() if look else stopped_live(self.core)
-        with rest, self._focus_channel(channel) as light:
+        pause = nullcontext() if look else stopped_live(self.core)
+        with pause, self._focus_channel(channel) as light:
             search = self._search(light, key, self.limits_around(around_um))
             for stop_um in search.moves.settling(stage.position_um()):
                 stage.go_to(stop_um)

@@ -42,12 +42,12 @@ def levels(sequence: useq.MDASequence) -> Iterator[useq.MDASequence]:
             yield position.sequence
 
 
-def focus_light(sequence: useq.MDASequence, wanted: str | None) -> useq.Channel | None:
+def focus_light(sequence: useq.MDASequence, name: str | None) -> useq.Channel | None:
     """Return the plan's channel whose images tell focus; None: not of the plan."""
-    if wanted is None:
+    if name is None:
         return next(iter(sequence.channels), None)
     channels = [channel for level in levels(sequence) for channel in level.channels]
-    return next((channel for channel in channels if channel.config == wanted), None)
+    return next((channel for channel in channels if channel.config == name), None)
 
 
 def _sub_sequence(event: useq.MDAEvent) -> useq.MDASequence | None:

@@ -91,8 +91,8 @@ class FocusSearch:
     def __post_init__(self) -> None:
         """Begin with nothing seen."""
         self._sides = self.rule.safe_side, -self.rule.safe_side
-        told = self.comparison, self.direction, self.rule.trust_sign, self.prior
-        self.survey = Survey(*told, calibrated=not self.rule.verify)
+        known = self.comparison, self.direction, self.rule.trust_sign, self.prior
+        self.survey = Survey(*known, calibrated=not self.rule.verify)
 
     def observe(self, z_um: float, reading: FocusReading) -> None:
         """Take in one image."""

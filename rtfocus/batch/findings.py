@@ -299,9 +299,9 @@ def stack_row(
         ``z``, or ``t`` where the file does not say what it is.
     """
     distances = [(row["estimate"] or {}).get("defocus_um") for row in planes]
-    found = focus_of_stack(np.arange(len(planes)), np.array(distances, np.float64))
+    fit = focus_of_stack(np.arange(len(planes)), np.array(distances, np.float64))
     step_um = series.z_step_um if axis == "z" else None
-    focus = None if found.z is None else round(found.z, 2)
+    focus = None if fit.z is None else round(fit.z, 2)
     rises = series.z_rises if axis == "z" else None
     if focus is not None:
         for number, row in enumerate(planes):
@@ -317,13 +317,13 @@ def stack_row(
         "axis": axis,
         "assumed": axis in series.unnamed_axes,
         "planes": len(planes),
-        "place": found.place,
+        "place": fit.place,
         "focus_plane": focus,
         "focus_offset_um": step_um and focus and round(focus * step_um, 6),
         "z_rises": rises,
-        "likely": [one and round(one, 2) for one in (found.low, found.high)],
-        "explained": round(found.explained, 3),
-        "why": found.why,
+        "likely": [one and round(one, 2) for one in (fit.low, fit.high)],
+        "explained": round(fit.explained, 3),
+        "why": fit.why,
     }
 
 

@@ -327,13 +327,13 @@ class Ledger:
     def notes(self, plan: BatchPlan) -> list[str]:
         """Return what units had to say, each once."""
         done = self._marked("done")
-        said = dict.fromkeys(
+        notes = dict.fromkeys(
             note
             for unit in plan.units
             if unit.key in done
             for note in read_state(self.folder / "done" / unit.key, _Done).notes
         )
-        return list(said)
+        return list(notes)
 
     def failures(self, plan: BatchPlan) -> list[tuple[Unit, Failure]]:
         """Return the units that failed, and why."""

@@ -241,21 +241,21 @@ def calibrate_from_pairs(
     nominal = start.numerical_aperture
     limit = LARGEST_APERTURE * start.refractive_index
     factors = _APERTURES if fit_aperture else (1.0,)
-    found = fit(start, sorted({min(factor * nominal, limit) for factor in factors}))
-    figures = _figures(found, pairs)
-    statement = found.statement()
+    best_fit = fit(start, sorted({min(factor * nominal, limit) for factor in factors}))
+    figures = _figures(best_fit, pairs)
+    statement = best_fit.statement()
     if defocus_is_exact and fit_aperture:
-        aperture = _aperture_at(found, nominal_defocus_um)
-        found = fit(replace(start, numerical_aperture=aperture), [aperture])
-        statement += f" With the nominal defocus taken as exact, {found.statement()}"
-        figures["exact_defocus"] = asdict(found.best)
+        aperture = _aperture_at(best_fit, nominal_defocus_um)
+        best_fit = fit(replace(start, numerical_aperture=aperture), [aperture])
+        statement += f" With the nominal defocus taken as exact, {best_fit.statement()}"
+        figures["exact_defocus"] = asdict(best_fit.best)
     return Calibration(
         # An engine's level is a defocus from focus already: no offset for it.
-        system=replace(found.system, defocus_offset_um=0.0),
+        system=replace(best_fit.system, defocus_offset_um=0.0),
         statement=statement,
-        warnings=tuple(_warnings(found)),
+        warnings=tuple(_warnings(best_fit)),
         figures=figures,
-        panels=_panels(found, pairs),
+        panels=_panels(best_fit, pairs),
     )
 
 

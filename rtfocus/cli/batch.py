@@ -308,13 +308,13 @@ def _finish(batch: Batch, plan: BatchPlan, remedy: str) -> None:
         raise (IncompleteError if done else InputError)(msg)
 
 
-def notes_of(found: FoundImages, images: ImageSet) -> list[str]:
+def notes_of(images_found: FoundImages, images: ImageSet) -> list[str]:
     """Say, a line each, what is left out, filled in or assumed, before the work."""
-    notes = [note for series in found.series for note in series.notes]
-    runs = {one.path.absolute().parent: one.sizes["t"] for one in found.series}
+    notes = [note for series in images_found.series for note in series.notes]
+    runs = {one.path.absolute().parent: one.sizes["t"] for one in images_found.series}
     notes += [_without_frame(run, runs[run]) for run in filter(run_at, runs)]
-    if found.skipped:
-        number = len(found.skipped)
+    if images_found.skipped:
+        number = len(images_found.skipped)
         notes.append(f"{number} earlier results of rtfocus are no inputs")
     return [note for note in dict.fromkeys([*notes, *images.assumptions()]) if note]
 

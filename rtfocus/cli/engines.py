@@ -95,10 +95,10 @@ def _files(engine: FoundEngine) -> tuple[list[Row], bool]:
         try:
             path = verified_file(engine.folder, engine.card, precision)
             size = path.stat().st_size / 1e6
-            said = f"{path.name}, {size:.2f} MB, sha256 as on the card"
+            detail = f"{path.name}, {size:.2f} MB, sha256 as on the card"
         except EngineError as error:
-            said, damaged = str(error), True
-        rows.append((f"weights {precision}", said))
+            detail, damaged = str(error), True
+        rows.append((f"weights {precision}", detail))
     return rows, damaged
 
 
@@ -228,8 +228,8 @@ def info(
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for topic, said in rows:
-        table.add_row(topic, escape(said))
+    for topic, value in rows:
+        table.add_row(topic, escape(value))
     Console().print(table)
     if damaged:
         raise typer.Exit(1)

@@ -275,13 +275,13 @@ def kernels(
     settings = read_config(config, overrides)
     if classifier is not None:
         settings = with_engine(settings, "classifier", classifier)
-    found = extract_kernels(settings, engine, pixels, channel=channel)
+    result = extract_kernels(settings, engine, pixels, channel=channel)
     with guard.whole(output) as part:
-        _write(part, found, as_tiff=output.suffix != ".npz")
+        _write(part, result, as_tiff=output.suffix != ".npz")
     with guard.whole(picture) as part:
-        drawn = Image.fromarray(draw_kernels(pixels, found))
+        drawn = Image.fromarray(draw_kernels(pixels, result))
         drawn.save(part, format="png", pnginfo=png_mark())
-    rows, columns, side, _ = found.kernels.shape
+    rows, columns, side, _ = result.kernels.shape
     typer.echo(
         f"{rows} x {columns} kernels of {side} px in {output}, drawn in {picture}"
     )
@@ -302,19 +302,19 @@ def _plane(
     return series.read(**index), channel
 
 
-def _write(output: Path, found: Kernels, *, as_tiff: bool) -> None:
+def _write(output: Path, result: Kernels, *, as_tiff: bool) -> None:
     if as_tiff:
-        side = found.kernels.shape[-1]
-        pages = found.kernels.reshape(-1, side, side)
+        side = result.kernels.shape[-1]
+        pages = result.kernels.reshape(-1, side, side)
         tifffile.imwrite(output, pages, photometric="minisblack", software=SOFTWARE)
         return
     # By handle: a path without the ending would get one.
     with output.open("wb") as file:
         np.savez_compressed(
             file,
-            kernels=found.kernels,
-            defocus_um=found.defocus_um,
-            own_px=found.own_px,
+            kernels=result.kernels,
+            defocus_um=result.defocus_um,
+            own_px=result.own_px,
             written_by=np.array(SOFTWARE),
         )
 

@@ -282,7 +282,7 @@ class Ranking(Closing):
         self._kind: object = None
 
     def ranks(
-        self, sample: Sample, right: tuple[int, int], wanted: NDArray[np.bool_]
+        self, sample: Sample, right: tuple[int, int], used: NDArray[np.bool_]
     ) -> NDArray[np.int64]:
         """Return how many labels are likelier than the likeliest right one.
 
@@ -292,7 +292,7 @@ class Ranking(Closing):
             The frame.
         right
             Lowest and highest level that count as right.
-        wanted
+        used
             Tiles that are asked for, axes (tile_y, tile_x).
 
         Returns
@@ -317,7 +317,7 @@ class Ranking(Closing):
             if name != BACKGROUND_LABEL and lowest <= int(name) <= highest
         ]
         chosen = likely[rows].max(axis=0)
-        return np.asarray((likely > chosen).sum(axis=0)[wanted], dtype=np.int64)
+        return np.asarray((likely > chosen).sum(axis=0)[used], dtype=np.int64)
 
     def close(self) -> None:
         """Free the networks; called twice does nothing."""

@@ -373,21 +373,21 @@ def _compare_tiles(
     ranking: Ranking,
 ) -> FoundTiles | None:
     """Compare the tiles that hold a specimen with the known defocus."""
-    engine, found = contender.engine, result.defocus
-    if engine is None or found is None or sample.defocus_um is None:
+    engine, tiles = contender.engine, result.defocus
+    if engine is None or tiles is None or sample.defocus_um is None:
         return None
     levels, _ = parts(engine.card)
     step = step_um(engine.card, data.optics, blind=contender.blind)
     lowest, highest = _comparable(sample, signed=levels.signed and not sample.even)
-    used = _specimen_tiles(sample, found)
+    used = _specimen_tiles(sample, tiles)
     error_um, stated_um = np.zeros(0), None
-    level, defocus = found.level[used], found.defocus_um[used].astype(np.float64)
+    level, defocus = tiles.level[used], tiles.defocus_um[used].astype(np.float64)
     if sample.even:
         level, defocus = np.where(level == BACKGROUND, level, abs(level)), abs(defocus)
     if lowest == highest:
         error_um = defocus - lowest
-        if found.stated_um is not None:
-            stated_um = found.stated_um[used]
+        if tiles.stated_um is not None:
+            stated_um = tiles.stated_um[used]
     true = (lowest / step, highest / step)
     labels = _labels(engine.card.output)
     right = {LevelScore(labels).right_range(true)}
@@ -397,7 +397,7 @@ def _compare_tiles(
         labels=labels,
         true=true,
         level=level.astype(np.int64),
-        confidence=found.confidence[used],
+        confidence=tiles.confidence[used],
         ranks=np.min([ranking.ranks(sample, own, used) for own in right], axis=0),
         error_um=error_um,
         stated_um=stated_um,

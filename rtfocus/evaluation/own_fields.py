@@ -347,8 +347,8 @@ def _groups(thumbnails: Sequence[Image]) -> list[list[int]]:
             joined, gone = sorted((group[one], group[other]))
             group = [joined if name == gone else name for name in group]
     return [
-        [n for n, name in enumerate(group) if name == wanted]
-        for wanted in dict.fromkeys(group)
+        [n for n, name in enumerate(group) if name == label]
+        for label in dict.fromkeys(group)
     ]
 
 

@@ -230,8 +230,8 @@ def measure_part(wish: Wish, part: Part, _threads: int | None = None) -> Done:
                 close_opened()  # its state is not known
                 raise
             # Only the first frames of a set are drawn: no other pixels travel.
-            seen = part.number < SHOWN and len(frames) < SHOWN
-            frames.append(one if seen else replace(one, image=None))
+            is_shown = part.number < SHOWN and len(frames) < SHOWN
+            frames.append(one if is_shown else replace(one, image=None))
         return Done(frames, f"{processor_name()}, {usable_threads()} usable threads")
 
 

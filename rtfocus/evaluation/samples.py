@@ -439,8 +439,8 @@ def own_set(
             shown = [(SHARP_GROUP, sharp)]
             shown += [(OWN_PLANES, counts(read(plane, path))) for plane in blurred]
             for n, (group, pixels) in enumerate(shown):
-                said = f"{title} {group} {n or ''}".strip()
-                yield Sample(said, pixels, sharp, None, group, _OWN_PHOTONS)
+                image_name = f"{title} {group} {n or ''}".strip()
+                yield Sample(image_name, pixels, sharp, None, group, _OWN_PHOTONS)
 
     title = (
         f"{len(fields)} sharp fields blurred on both sides of focus, and as they are; "

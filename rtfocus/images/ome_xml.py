@@ -384,7 +384,7 @@ def _uuid(images: Sequence[OutputImage]) -> str:
 
 def _ome_channels(like: ImageSeries) -> dict[str, object]:
     """Return names, colours and wavelengths, a list each; what no channel has: none."""
-    found: dict[str, list[object]] = {
+    attributes: dict[str, list[object]] = {
         "Name": [channel.name for channel in like.channels],
         "Color": [
             None if channel.color is None else signed_rgba(channel.color)
@@ -394,7 +394,7 @@ def _ome_channels(like: ImageSeries) -> dict[str, object]:
         "ExcitationWavelength": [channel.excitation_nm for channel in like.channels],
     }
     known: dict[str, object] = {}
-    for key, values in found.items():
+    for key, values in attributes.items():
         if any(value is not None for value in values):
             known[key] = values
             if key.endswith("Wavelength"):

@@ -340,8 +340,8 @@ def foresee(config: Config) -> SeriesStart:
                 config, core, geometry, plan=None, frames=live.frames
             )
         planned = _planned(core, config)
-        found = SetUps(core).require_one_geometry(planned)
-        geometry = camera_geometry(core) if found is None else found
+        common = SetUps(core).require_one_geometry(planned)
+        geometry = camera_geometry(core) if common is None else common
         height, width = geometry.shape[:2]
         planned = with_field_of_view(planned, width, height, core.getPixelSizeUm())
         return describe_series(config, core, geometry, plan=lay_out(planned))

@@ -107,11 +107,11 @@ def check_folders(folders: Sequence[Path], setting: str) -> None:
                 "mmcore install"
             )
             raise MicroscopeError(msg)
-        wanted = required_interface()
-        if adapters.interface_version not in (None, wanted):
+        needed = required_interface()
+        if adapters.interface_version not in (None, needed):
             msg = (
                 f"adapters in '{folder}' have device interface version "
-                f"{adapters.interface_version}, this core needs {wanted}; get "
+                f"{adapters.interface_version}, this core needs {needed}; get "
                 "matching ones (mmcore install, or a Micro-Manager of the same date) "
                 "or a pymmcore that fits them: its version has the interface as 4th "
                 "number"

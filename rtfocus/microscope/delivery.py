@@ -328,15 +328,15 @@ def frame_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     # Here: the reports above are read on machines without Micro-Manager.
     from pymmcore_plus.metadata.serialize import to_builtins
 
-    kept = {key: value for key, value in meta.items() if key != "mda_event"}
-    kept["property_values"] = [
+    values = {key: value for key, value in meta.items() if key != "mda_event"}
+    values["property_values"] = [
         {"dev": entry["dev"], "prop": entry["prop"], "val": _short(entry["val"])}
         for entry in list(meta.get("property_values", ()))[:_MOST_ENTRIES]
     ]
     if "camera_metadata" in meta:
         entries = list(meta["camera_metadata"].items())[:_MOST_ENTRIES]
-        kept["camera_metadata"] = {str(key): _short(value) for key, value in entries}
-    return dict(to_builtins(kept))
+        values["camera_metadata"] = {str(key): _short(value) for key, value in entries}
+    return dict(to_builtins(values))
 
 
 def age_ns(camera_metadata: Mapping[str, Any], told_ns: int) -> int | None:

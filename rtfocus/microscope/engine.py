@@ -350,8 +350,8 @@ class SetUps:
         if event.channel is not None:
             channel = (event.channel.group, event.channel.config)
             if channel not in self._presets:
-                found = _settings(self._core.getConfigData(*channel))
-                self._presets[channel] = tuple(s for s in found if self._matters(s))
+                preset = _settings(self._core.getConfigData(*channel))
+                self._presets[channel] = tuple(s for s in preset if self._matters(s))
             settings += self._presets[channel]
             origin = f"channel '{channel[1]}' of group '{channel[0]}'"
         for device, name, value in event.properties or ():

@@ -305,9 +305,9 @@ def _intervals_s(sequence: useq.MDASequence) -> tuple[float, ...]:
 
 
 def _refuse_doubles(places: NDArray[np.int32]) -> None:
-    found, counts = np.unique(places, axis=0, return_counts=True)
+    distinct, counts = np.unique(places, axis=0, return_counts=True)
     if (counts > 1).any():
-        t, p, c, z = found[counts > 1][0]
+        t, p, c, z = distinct[counts > 1][0]
         msg = (
             f"the useq plan takes two images at t={t} p={p} c={c} z={z}; give each "
             "a position or channel of its own"

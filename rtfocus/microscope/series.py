@@ -34,8 +34,8 @@ from rtfocus.microscope.virtual_devices import BIT_DEPTH
 
 def summary_json(summary: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a ``SummaryMetaV1`` as JSON, without the plan: it has its own field."""
-    kept = {k: v for k, v in (summary or {}).items() if k != "mda_sequence"}
-    return dict(to_builtins(kept))
+    values = {k: v for k, v in (summary or {}).items() if k != "mda_sequence"}
+    return dict(to_builtins(values))
 
 
 LOGGER = "pymmcore-plus"

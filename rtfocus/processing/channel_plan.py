@@ -170,13 +170,13 @@ class ChannelPlan:
         if restoration is None or not self.processing.blind:
             return None
         passes = {"same_pass": self.classifier, "own_pass": restoration.own_pass}
-        found = passes.get(restoration.way)
-        if found is None or (card := found.card.evidence) is None:
+        network = passes.get(restoration.way)
+        if network is None or (card := network.card.evidence) is None:
             return None
-        rule = invertible_normalisation(found.card)
+        rule = invertible_normalisation(network.card)
         # Of a frame in focus a pass of its own would tell nothing.
-        error = found.card.expected_error if restoration.way == "same_pass" else None
-        return Evidence(card, rule, found.step_um, error)
+        error = network.card.expected_error if restoration.way == "same_pass" else None
+        return Evidence(card, rule, network.step_um, error)
 
     @property
     def expects_error(self) -> bool:

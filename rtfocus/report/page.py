@@ -174,8 +174,8 @@ def _of_pixels(facts: RunFacts) -> Iterator[Advice]:
 
 
 def _of_focus(facts: RunFacts) -> Iterator[Advice]:
-    if said := facts.left_out_by_hold:
-        yield Advice(said, "no harm: those looked at show a drift soon enough")
+    if text := facts.left_out_by_hold:
+        yield Advice(text, "no harm: those looked at show a drift soon enough")
     failed = searches_failed(facts.focus_log)
     if failed:
         why = failed[-1].reason

@@ -412,7 +412,7 @@ _KERNELS_ENLARGED = 2
 """Times that a picture of kernels is larger than its image."""
 
 
-def draw_kernels(image: NDArray[np.generic], found: "Kernels") -> NDArray[np.uint8]:
+def draw_kernels(image: NDArray[np.generic], kernels: "Kernels") -> NDArray[np.uint8]:
     """Draw every kernel, brightest point white, over the middle of its tile.
 
     Returns
@@ -426,11 +426,11 @@ def draw_kernels(image: NDArray[np.generic], found: "Kernels") -> NDArray[np.uin
     shade = np.clip((grey - low) / max(high - low, 1e-9), 0, 1) * 160
     shade = np.kron(shade, np.ones((_KERNELS_ENLARGED, _KERNELS_ENLARGED)))
     picture = np.repeat(shade[..., None], 3, axis=2).astype(np.uint8)
-    own = found.own_px * _KERNELS_ENLARGED
-    side = found.kernels.shape[-1]
+    own = kernels.own_px * _KERNELS_ENLARGED
+    side = kernels.kernels.shape[-1]
     factor = max(1, own * 2 // 3 // side)
-    for row, column in np.ndindex(found.kernels.shape[:2]):
-        kernel = found.kernels[row, column]
+    for row, column in np.ndindex(kernels.kernels.shape[:2]):
+        kernel = kernels.kernels[row, column]
         drawn = np.kron(kernel / max(kernel.max(), 1e-9), np.ones((factor, factor)))
         top, left = (
             int((index + 0.5) * own - drawn.shape[0] / 2) for index in (row, column)

@@ -233,15 +233,15 @@ def choices(card: EngineCard, computes: Sequence[str]) -> list[Choice]:
         What the runtime computes in, among ``f32`` and ``bf16``.
     """
     widest: Literal["f32", "bf16"] = "bf16" if "bf16" in computes else "f32"
-    found = [Choice("fp32", "f32")]
+    options = [Choice("fp32", "f32")]
     if card.sees_image_alone:
         # Admitted by what it gives in f32; what bf16 does to it is not known.
-        return found
+        return options
     if widest == "bf16":
-        found.append(Choice("fp32", "bf16"))
+        options.append(Choice("fp32", "bf16"))
     if "int8" in card.files and _agrees(card) and adds_int8_exactly():
-        found.append(Choice("int8", widest))
-    return found
+        options.append(Choice("int8", widest))
+    return options
 
 
 def _agrees(card: EngineCard) -> bool:
@@ -382,7 +382,7 @@ def _by_measurement(
 
 
 def _time(
-    found: FoundEngine, backend: Backend, request: CpuRequest, options: list[Choice]
+    chosen: FoundEngine, backend: Backend, request: CpuRequest, options: list[Choice]
 ) -> dict[str, float]:
     """Return the ms of a pass of every option."""
     shape, entries = request.inputs.shape, request.inputs.entries
@@ -392,8 +392,8 @@ def _time(
     with ExitStack() as opened:
         passes: dict[str, Callable[[], object]] = {}
         for one in options:
-            wanted = _arranged(found.card, _as_choice(found, request, one))
-            engine = backend.open_engine(wanted)
+            arranged = _arranged(chosen.card, _as_choice(chosen, request, one))
+            engine = backend.open_engine(arranged)
             opened.callback(engine.close)
             passes[one.name] = partial(engine.infer, tiles, condition)
         return time_passes(passes)

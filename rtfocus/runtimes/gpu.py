@@ -359,7 +359,7 @@ GPU_BACKENDS: tuple[GpuBackend, ...] = (
 )
 
 
-def open_network(wanted: str, request: GpuRequest, device: Gpu) -> GpuEngine:
+def open_network(name: str, request: GpuRequest, device: Gpu) -> GpuEngine:
     """Load a network with the backend of a name, or the first that can.
 
     With ``auto`` a backend that cannot build or load this network is logged and
@@ -372,7 +372,7 @@ def open_network(wanted: str, request: GpuRequest, device: Gpu) -> GpuEngine:
     """
     failures: list[EngineError] = []
     for backend in usable(
-        "GPU backend", wanted, GPU_BACKENDS, lambda known: known.why_unavailable(device)
+        "GPU backend", name, GPU_BACKENDS, lambda known: known.why_unavailable(device)
     ):
         try:
             engine = backend.open(request, device)

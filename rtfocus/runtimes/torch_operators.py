@@ -73,8 +73,8 @@ def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     if first.device == second.device:
         return first, second
     if first.device.type == "cpu":
-        moved, kept = _pair(second, first)
-        return kept, moved
+        moved, swapped = _pair(second, first)
+        return swapped, moved
     if second.numel() == 1 and second.ndim <= first.ndim:
         return first, second.reshape(())
     return first, second.to(first.device, non_blocking=True)
@@ -304,9 +304,9 @@ def _transpose(node: Node, inputs: Inputs) -> Tensor:
 
 
 def _expand(_: Node, inputs: Inputs) -> Tensor:
-    values, wanted = needed(inputs), listed(inputs, 1)
+    values, target = needed(inputs), listed(inputs, 1)
     # Both ways: an axis of the values may be longer than the one asked for.
-    sides = np.broadcast_shapes(tuple(values.shape), tuple(wanted))
+    sides = np.broadcast_shapes(tuple(values.shape), tuple(target))
     return values.expand(sides)
 
 

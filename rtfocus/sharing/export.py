@@ -198,10 +198,10 @@ def _test_tensors(found: FoundEngine) -> dict[str, Image]:
     plane = noise.poisson(beads).astype(np.float32)
     image = np.repeat(plane[None, None], tiles.channels, axis=1)
     tensors = {tiles.name: image}
-    told = None
+    condition = None
     if card.condition is not None:
-        told = _test_condition(card)
-        tensors[card.condition.name] = told
+        condition = _test_condition(card)
+        tensors[card.condition.name] = condition
     low, high = np.percentile(image, _percentiles(card), axis=(2, 3), keepdims=True)
     seen = ((image - low) / (high - low + _EPS)).astype(np.float32)
     names = tuple(_output_names(card))
@@ -209,7 +209,7 @@ def _test_tensors(found: FoundEngine) -> dict[str, Image]:
         found, ProcessingConfig(precision="f32"), shape=seen.shape, outputs=names
     )
     try:
-        outputs = engine.infer(seen, told)
+        outputs = engine.infer(seen, condition)
         return tensors | {n: np.array(outputs[n], np.float32) for n in names}
     finally:
         engine.close()
@@ -219,9 +219,9 @@ def _test_condition(card: EngineCard) -> Image:
     """Return the condition of the network in its test: own optics, one level off."""
     levels, optics = parts(card)
     known = Conditions(card, optics.reference, blind=False, signed=levels.signed)
-    told = known.rows(np.array([levels.step_um], np.float32))
-    assert told is not None  # a card with a condition has rows
-    return told
+    rows = known.rows(np.array([levels.step_um], np.float32))
+    assert rows is not None  # a card with a condition has rows
+    return rows
 
 
 def _percentiles(card: EngineCard) -> tuple[float, float]:

@@ -145,8 +145,8 @@ def _faults_of_words(model: Model) -> Iterator[str]:
 
 def _tile(model: Model, shape: tuple[int | None, ...]) -> Tile:
     """Return tiles that network and description allow, of a usual size."""
-    said = model.input.sides
-    sides = [_side(model.input, shape, axis, said.get(axis)) for axis in "yx"]
+    stated_sides = model.input.sides
+    sides = [_side(model.input, shape, axis, stated_sides.get(axis)) for axis in "yx"]
     stated = model.output.halo_px
     side_px = max(_TILE_PX, 4 * stated)
     for px in range(1, _LARGEST_TILE_PX + 1):

@@ -232,17 +232,17 @@ def own_recipe(
     ConfigError
         If the recipe has no optics or the folder no images.
     """
-    found = sorted(
+    paths = sorted(
         path.relative_to(images)
         for path in images.rglob("*")
         if path.suffix.lower() in _SUFFIXES
     )
-    if not found:
+    if not paths:
         msg = f"no images in '{images}'; give a folder with {', '.join(_SUFFIXES)}"
         raise ConfigError(msg)
     # Names are the user's: they may hold what a pattern takes for its own, and two
     # folders may hold the same.
-    files = [escape(path.as_posix()) for path in found]
+    files = [escape(path.as_posix()) for path in paths]
     held_out = tuple(f"/{file}" for file in files[_HELD_OUT - 1 :: _HELD_OUT])
     source = _own_source(files, held_out)
     return _turned(recipe, optics, name, {"data_folder": images, "sources": [source]})

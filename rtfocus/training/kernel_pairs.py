@@ -314,8 +314,8 @@ class KernelPairs:
         camera = draw_camera(rng, self._recipe.pairs.photons)
         low, scale = _RANGE.fit(camera.counts(field.image))
         taken = camera.take(light, rng)
-        wanted = np.clip(camera.counts(sharp), 0, camera.full - 1)
+        target = np.clip(camera.counts(sharp), 0, camera.full - 1)
         turn, flip = int(rng.integers(4)), bool(rng.random() < 0.5)
-        turned = [np.rot90((p - low) / scale, turn) for p in (taken, wanted)]
+        turned = [np.rot90((p - low) / scale, turn) for p in (taken, target)]
         first, second = (patch[::-1] if flip else patch for patch in turned)
         return np.ascontiguousarray(first), np.ascontiguousarray(second)

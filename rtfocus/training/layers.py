@@ -416,11 +416,11 @@ def in_the_mean(
     first = int(torch.randint(len(networks), (), generator=chance()))
     for turn, number in enumerate(drawn, first):
         network = networks[turn % len(networks)]
-        seen = {**tensors, "blurred": oriented(tensors["blurred"], number)}
+        turned = {**tensors, "blurred": oriented(tensors["blurred"], number)}
         if found:
-            seen["twice"] = seen["condition"][:, found[1]] == 0
-            seen["condition"] = second_look(network, seen, found)
-        logits, restored = network(seen["blurred"], seen["condition"])
+            turned["twice"] = turned["condition"][:, found[1]] == 0
+            turned["condition"] = second_look(network, turned, found)
+        logits, restored = network(turned["blurred"], turned["condition"])
         images.append(oriented(restored.float(), number, back=True))
         shares.append(oriented(logits.float().softmax(dim=1), number, back=True))
     return {

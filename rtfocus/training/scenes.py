@@ -114,8 +114,8 @@ def _matching(folder: Path, pattern: str, whose: str) -> list[Path]:
 def _is_held_out(path: Path, folder: Path, source: SourceRecipe) -> bool:
     inside = f"/{path.relative_to(folder).as_posix()}"
     return any(
-        fnmatch(inside if wanted.startswith("/") else path.name, wanted)
-        for wanted in source.validation
+        fnmatch(inside if pattern.startswith("/") else path.name, pattern)
+        for pattern in source.validation
     )
 
 

@@ -401,22 +401,22 @@ class _Pace:
         return f"{seconds / max(steps, 1):.2f} s a step, {share:.0%} waiting"
 
 
-def choose_device(wanted: str) -> str:
+def choose_device(name: str) -> str:
     """Resolve ``auto`` and refuse a device that is not there.
 
     Raises
     ------
     ConfigError
-        If `wanted` is unknown, or CUDA is asked for and missing.
+        If `name` is unknown, or CUDA is asked for and missing.
     """
-    if wanted not in ("auto", "cpu", "cuda"):
-        msg = f"device '{wanted}' is unknown; choose auto, cpu or cuda"
+    if name not in ("auto", "cpu", "cuda"):
+        msg = f"device '{name}' is unknown; choose auto, cpu or cuda"
         raise ConfigError(msg)
     has_cuda = torch.cuda.is_available()
-    if wanted == "cuda" and not has_cuda:
+    if name == "cuda" and not has_cuda:
         msg = "device 'cuda': torch sees no CUDA device here; use --device cpu"
         raise ConfigError(msg)
-    return "cuda" if wanted != "cpu" and has_cuda else "cpu"
+    return "cuda" if name != "cpu" and has_cuda else "cpu"
 
 
 def _resume(trainer: Trainer, newest: Path) -> None:

@@ -163,8 +163,8 @@ class IoThread:
                     self._acted.set()
                 loop.turn()
         except Exception as error:  # raised for every caller from here on
-            said = error if isinstance(error, RtfocusError) else repr(error)
-            failure = TransportError(f"transport thread failed: {said}")
+            text = error if isinstance(error, RtfocusError) else repr(error)
+            failure = TransportError(f"transport thread failed: {text}")
             failure.__cause__ = error
             self.failure = failure
             self._on_failure(failure)

@@ -163,18 +163,18 @@ class Viewer:
         if len(text) > MOST_BYTES:
             return self._refuse("oversize", f"more than {MOST_BYTES} bytes")
         try:
-            said = _decoder.decode(text)
+            request = _decoder.decode(text)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             return self._refuse("malformed", str(error))
-        if isinstance(said, Ack):
-            if said.number == self._number:
+        if isinstance(request, Ack):
+            if request.number == self._number:
                 self._taken.set()
-        elif isinstance(said, Select):
-            self._select, self._shown = said, None
-        elif isinstance(said, Detail):
-            self._detail = said
+        elif isinstance(request, Select):
+            self._select, self._shown = request, None
+        elif isinstance(request, Detail):
+            self._detail = request
         else:
-            self._take_request(said.what)
+            self._take_request(request.what)
         self._changed.set()
         return True
 

@@ -339,17 +339,17 @@ def _read_report(folder: Path) -> dict[str, Any] | None:
 def _check_report(folder: Path, tally: Tally, report: CheckReport) -> None:
     """Compare the report with the journal, and verify the loss identity."""
     path = folder / REPORT_NAME
-    found = _read_report(folder)
-    if found is None:
+    stored = _read_report(folder)
+    if stored is None:
         report.problems.append(f"'{path}' is damaged; use --repair")
         return
     if not (columns := folder / FRAMES_NAME / "zarr.json").is_file():
         report.problems.append(f"'{columns.parent}' is gone; use --repair")
-    accounting = found["accounting"]
+    accounting = stored["accounting"]
     places = (*accounting["dropped"].values(), *accounting["in_error"].values())
     known = accounting["written"] + accounting["focus"] + sum(places)
     report.accounting = accounting
-    report.outcome = Outcome.of_report(found)
+    report.outcome = Outcome.of_report(stored)
     if accounting["acquired"] != known:
         report.problems.append(
             f"{accounting['acquired']} frames acquired but {known} accounted for"
@@ -414,15 +414,15 @@ def _repair(folder: Path, header: RunHeader) -> list[str]:
     tally.restore(accounting)
     # A frame found again may have no sequence.
     sent = max(tally.next_sequence, sum(tally.terms.values()))
-    found: dict[str, Any] = {"reason": "interrupted"}
+    stored: dict[str, Any] = {"reason": "interrupted"}
     camera_lost = 0
     if report is not None:
         counted = (*COUNTED, "set_aside")
-        found = {key: value for key, value in report.items() if key not in counted}
+        stored = {key: value for key, value in report.items() if key not in counted}
         camera_lost = report["accounting"]["camera_lost"]
     accounting.end(sent, planned=tally.plan.images, camera_lost=camera_lost)
-    found |= {"accounting": accounting.summary(), "repaired": steps}
-    finish_run(folder, header, images, tally, found)
+    stored |= {"accounting": accounting.summary(), "repaired": steps}
+    finish_run(folder, header, images, tally, stored)
     if images.frames != before:
         steps.append(f"set t from {before} to {images.frames}")
     steps.append(f"wrote totals, journal columns and report of {tally.lines} lines")

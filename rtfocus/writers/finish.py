@@ -245,8 +245,8 @@ def _restore_frame(
 def _old_report(folder: Path, restored: int) -> dict[str, Any]:
     """Return the report as it was, less what is counted anew."""
     report = report_of(folder)
-    kept = {key: value for key, value in report.items() if key not in COUNTED}
-    return kept | {"restored": kept.get("restored", 0) + restored}
+    own = {key: value for key, value in report.items() if key not in COUNTED}
+    return own | {"restored": own.get("restored", 0) + restored}
 
 
 _COLUMNS = {
@@ -335,8 +335,8 @@ class _Columns:
             self._write_chunk(name, dtype, number, _read(name, block))
         for name, word in _WORDS.items():
             codes = self._codes[name]
-            found = [codes.setdefault(word(line), len(codes)) for line in block]
-            self._write_chunk(name, "int32", number, found)
+            numbers = [codes.setdefault(word(line), len(codes)) for line in block]
+            self._write_chunk(name, "int32", number, numbers)
         times = [line.get("stage_ms") or {} for line in block]
         for stage in sorted({stage for of_frame in times for stage in of_frame}):
             values = [of_frame.get(stage) for of_frame in times]
@@ -418,16 +418,16 @@ def _window(
         _values(images, spec.name, place) if known is None else known
         for place, known in sample.frames(spec.name, channel)
     ]
-    seen = np.concatenate(values) if values else np.empty(0)
-    if seen.size == 0:
+    finite = np.concatenate(values) if values else np.empty(0)
+    if finite.size == 0:
         return None
     if spec.name == DEFOCUS:
-        low, high = percentiles(seen, _MAP_PERCENTILES)
+        low, high = percentiles(finite, _MAP_PERCENTILES)
         # Where both signs occur grey is focus.
         reach = max(abs(low), abs(high))
         low, high = (-reach, reach) if low < 0 else (0.0, high)
     else:
-        low, high = percentiles(seen, _PERCENTILES)
+        low, high = percentiles(finite, _PERCENTILES)
     if np.dtype(spec.dtype).kind != "f":
         low, high = np.floor(low), max(np.ceil(high), np.floor(low) + 1)
     return (float(low), float(high)) if high > low else None

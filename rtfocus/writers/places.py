@@ -279,11 +279,11 @@ class FrameSample:
     ) -> None:
         """Keep every n-th; n doubles when there are too many."""
         stride, count = self._strides.get(key, (1, 0))
-        kept = self._kept.setdefault(key, [])
+        sample = self._kept.setdefault(key, [])
         if count % stride == 0:
-            kept.append((index, None if plane is None else thinned(plane)))
-        if len(kept) > MOST_SAMPLED:
-            del kept[1::2]
+            sample.append((index, None if plane is None else thinned(plane)))
+        if len(sample) > MOST_SAMPLED:
+            del sample[1::2]
             stride *= 2
         self._strides[key] = stride, count + 1
 

@@ -210,20 +210,20 @@ class TileNetwork:
 
     def __init__(
         self,
-        found: FoundEngine,
+        engine: FoundEngine,
         settings: ProcessingConfig,
         *,
         output: str | None = None,
         threads: int = 1,
     ) -> None:
-        tiles = input_of(found.card)
-        self._output = output_of(found.card).name if output is None else output
+        tiles = input_of(engine.card)
+        self._output = output_of(engine.card).name if output is None else output
         # Networks of other people may be made for one image at a time.
-        alone = found.card.sees_image_alone
+        alone = engine.card.sees_image_alone
         self.batch = 1 if alone else max(1, _BATCH_PX // tiles.tile_px**2)
         """Tiles per inference."""
         self._engine = open_engine(
-            found,
+            engine,
             settings,
             shape=(self.batch, tiles.channels, tiles.tile_px, tiles.tile_px),
             outputs=(self._output,),

@@ -228,20 +228,20 @@ class OpenChannel:
     ) -> FrameRestorer:
         """Open a joint engine in the classifier's pass, or in one of its own."""
         memory, frame = self._memory, self._frame
-        apart, seen, own = restoration.way == "own_pass", classifier, None
+        apart, network, own = restoration.way == "own_pass", classifier, None
         if apart or len(classifier.colours) > 1:
-            seen = self._classifier(restoration.own_pass or classifier.plan)
-            own = seen.open_slot(memory)
+            network = self._classifier(restoration.own_pass or classifier.plan)
+            own = network.open_slot(memory)
             self._opened.callback(own.network.close)
         evidence, weighing = self.plan.evidence, None
-        needs_labels = seen.plan.looks_twice or (apart and evidence is not None)
+        needs_labels = network.plan.looks_twice or (apart and evidence is not None)
         if evidence is not None:
-            weighing = Weighing(memory, evidence, frame=frame, grid=seen.grid)
+            weighing = Weighing(memory, evidence, frame=frame, grid=network.grid)
         return JointRestorer(
-            seen,
+            network,
             Blending(memory, montage, frame),
             own=own,
-            labels=seen.allocate_maps(memory) if own and needs_labels else None,
+            labels=network.allocate_maps(memory) if own and needs_labels else None,
             weighing=weighing,
         )
 

@@ -381,10 +381,10 @@ class GpuDevice:
         return translated(self._index, doing)
 
     def _reserve(
-        self, wanted: int, series: SeriesStart, restored: np.dtype[Any]
+        self, count: int, series: SeriesStart, restored: np.dtype[Any]
     ) -> None:
         """Make the device slots, fewer than wanted where memory ends."""
-        for number in range(wanted):
+        for number in range(count):
             try:
                 slot = DeviceSlot(
                     self._index,
@@ -402,7 +402,7 @@ class GpuDevice:
                 # The text alone: a log record must not keep the error.
                 reason = str(error)
                 logger.warning(
-                    "%d frames in flight instead of %d: %s", number, wanted, reason
+                    "%d frames in flight instead of %d: %s", number, count, reason
                 )
                 return
             self._slots.append(slot)

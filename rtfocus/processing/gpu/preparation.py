@@ -167,8 +167,8 @@ class Percentiles:
             ranks_around(percent / 100, count)
             for percent in (rule.low_percent, rule.high_percent)
         ]
-        self._search = RankSearch(memory, [r for found in around for r in found[:2]])
-        self._parts = [found[2] for found in around]
+        self._search = RankSearch(memory, [r for ranks in around for r in ranks[:2]])
+        self._parts = [ranks[2] for ranks in around]
 
     def enqueue(
         self, work: Work, signal: DeviceArray, ranges: DeviceArray, colour: int = -1

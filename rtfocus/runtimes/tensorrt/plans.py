@@ -293,9 +293,9 @@ def ready_plan(
     """
     cache = cache or PlanCache()
     key = PlanKey.of(library, request, target.gpu)
-    found = None if rebuild else cache.find(key)
-    if found is not None:
-        return ReadyPlan(found, key, None)
+    cached = None if rebuild else cache.find(key)
+    if cached is not None:
+        return ReadyPlan(cached, key, None)
     why = "asked for" if rebuild else cache.why_absent(key)
     logger.warning(
         "building the %s plan of engine '%s' with %s %s for %s (%s); %s",

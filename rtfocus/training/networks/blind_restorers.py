@@ -213,8 +213,8 @@ class RrdbTask(RestorerTask[RrdbRecipe]):
         folder = data_folder(recipe)
         pairs = [
             pair
-            for wanted in recipe.pairs.real
-            for pair in load_real_pairs(wanted, folder, validation=False)
+            for real in recipe.pairs.real
+            for pair in load_real_pairs(real, folder, validation=False)
         ]
         kernels = estimated_kernels(pairs[: settings.estimated_pairs])
         if not kernels:

@@ -206,8 +206,8 @@ def vgg19_features(weights: Path, layers: int) -> nn.Module:
     network = Vgg19Features(layers)
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-        wanted = {name: state[name] for name in network.state_dict()}
-        network.load_state_dict(wanted)
+        values = {name: state[name] for name in network.state_dict()}
+        network.load_state_dict(values)
     except Exception as error:  # torch raises whatever the unpickler met
         msg = (
             f"content features: '{weights}' is no weight file of torchvision's vgg19: "
