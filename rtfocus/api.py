@@ -70,42 +70,42 @@ def restore(
 ) -> Image | tuple[Image, Image]:
     """Restore an image, or every plane of a stack of them.
 
-    For many images keep an `ImageProcessor`: every call here starts one.
+    Every call starts a processor; for many images keep an `ImageProcessor`.
 
     Parameters
     ----------
     image
-        Axes (y, x) or (y, x, 3), or with further axes in front of (y, x), whose
-        planes are restored one by one. uint8 and uint16 are counts; everything else
-        is computed as float32.
+        Axes (y, x) or (y, x, 3), or a stack (..., y, x), whose planes are restored
+        one by one. uint8 and uint16 are counts; everything else is computed as
+        float32.
     optics
-        How the image was made. None: those of `config`; without any, only engines
-        that run blind can be used, and a warning is logged.
+        How the image was made. None: the optics of `config`. Without any, only
+        engines that run blind can be used, and a warning is logged.
     engine
-        ``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``, or a
-        restorer or joint engine by name. None: as `config` says; without one Wiener,
-        or where the optics are unknown an engine that runs blind.
+        ``wiener``, ``richardson_lucy``, ``richardson_lucy_accelerated``, or the name
+        of an engine that restores. None: as `config` says; without a config Wiener,
+        or, if the optics are unknown, an engine that runs blind.
     orientations
-        2, 4 or 8: restore so many turned and mirrored copies of an image and take their
-        mean, which is better and takes as many times as long; for networks. None: as
-        `config` says; without one 1.
+        2, 4 or 8: networks restore this many turned and mirrored copies and take
+        their mean, which is better and as many times slower. None: as `config` says;
+        without a config 1.
     config
         Camera, optics and engines; None: the defaults.
     channel
-        Of `config`; None: its only one, or its ``default``.
+        A channel of `config`; None: its only one, or its ``default``.
     expected_error
-        Return the error that is expected to be left, too.
+        Also return the error that is expected to be left.
 
     Returns
     -------
     array
-        New memory of the shape of `image`, uint8, uint16 or float32. With
-        `expected_error` a pair, with its root mean square over tiles, (..., y, x).
+        A new array of the shape of `image`: uint8, uint16 or float32. With
+        `expected_error` also that error, root mean square of each tile, (..., y, x).
 
     Raises
     ------
     InputError
-        If the array is no image.
+        If the array is not an image.
     EngineError
         If an engine is not found, does not fit the optics, or fails.
     ConfigError
@@ -160,7 +160,7 @@ def classify(
     config: AnyConfig | None = None,
     channel: str | None = None,
 ) -> DefocusMap:
-    """Estimate the defocus of an image, tile by tile.
+    """Find the defocus of an image, tile by tile.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def classify(
     optics, config, channel
         As for `restore`.
     engine
-        Classifier or joint engine by name; None: as `config` says, else DelpNet.
+        Name of an engine that finds the defocus; None: as `config` says, else DelpNet.
 
     Returns
     -------
@@ -208,7 +208,7 @@ def acquire(config: AnyConfig, *, stop: threading.Event | None = None) -> Any:  
     config
         Its microscope, acquisition, channels and transport are used.
     stop
-        Ends the acquisition when set, from another thread.
+        Set it from another thread to end the acquisition.
 
     Returns
     -------
@@ -231,9 +231,9 @@ def process(config: AnyConfig, *, stop: threading.Event | None = None) -> Run | 
     Parameters
     ----------
     config
-        Everything but microscope and acquisition is used.
+        Everything but its microscope and acquisition is used.
     stop
-        Ends it when set, from another thread; the run folder is finished.
+        Set it from another thread to end the series; the run folder is finished.
 
     Returns
     -------
@@ -259,8 +259,8 @@ def run(config: AnyConfig, *, stop: threading.Event | None = None) -> Run | None
     config
         The whole config; its endpoints are replaced by free ports.
     stop
-        Ends the acquisition when set, from another thread; what was acquired is
-        still processed and written.
+        Set it from another thread to end the acquisition; what was acquired is still
+        processed and written.
 
     Returns
     -------
@@ -313,7 +313,7 @@ def fit_psf(
     -------
     Calibration
         ``system`` are the fitted `Optics`; ``statement`` and ``warnings`` say how far
-        they can be trusted.
+        to trust them.
 
     Raises
     ------

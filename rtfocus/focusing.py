@@ -393,27 +393,27 @@ def open_focuser(
 
 
 def focus(core: CMMCorePlus, config: Config | str | Path) -> FocusEngine:
-    """Make a core answer ``rtfocus`` in useq plans; one line in anybody's script.
+    """Let a core carry out autofocus plans of device ``rtfocus``; one line in a script.
 
     Parameters
     ----------
     core
-        With its devices loaded, e.g. of napari-micromanager.
+        A core with its devices loaded, e.g. of napari-micromanager.
     config
-        Or the path of its file, or the name of a shipped one; sections ``autofocus``,
-        ``channels``, ``processing`` and ``camera`` are read.
+        A config, a path, or the name of a shipped config. Its sections ``autofocus``,
+        ``channels``, ``processing`` and ``camera`` are used.
 
     Returns
     -------
     FocusEngine
         Registered with the core already; ``engine.focuser.focus()`` searches focus
-        at once. Close it at the end: the core gets the engine back that it had.
+        at once. Close it at the end: the core gets its earlier engine back.
 
     Raises
     ------
     ConfigError
-        If it is not a core or the config cannot be used. A channel without optics or
-        classifier is refused when it is searched.
+        If `core` is not a core, or the config cannot be used. A channel without optics
+        or classifier is refused when a search begins.
 
     Examples
     --------

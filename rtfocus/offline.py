@@ -70,7 +70,7 @@ ORIENTATIONS = tuple((turns, flip) for flip in (0, 1) for turns in (0, 2, 1, 3))
 
 
 class ImageProcessor(Closing):
-    """Classifies and restores single images; a context manager.
+    """Finds the defocus of single images and restores them; a context manager.
 
     Images of equal shape and type in a row, such as the planes of a stack, share
     one start of the processor. Threads may share it, in turns; forks may not.
@@ -80,9 +80,9 @@ class ImageProcessor(Closing):
     config
         As for the live loop.
     optics
-        Of the images; None: those of the config's channel, or where that has none,
-        the optics the classifier was calibrated for. A restorer that knows neither
-        levels nor optics, without a classifier, needs none.
+        How the images were made. None: the optics of the config's channel or, if it
+        has none, those that the classifier was calibrated for. A restorer that uses
+        neither levels nor optics, without a classifier, needs none.
     """
 
     def __init__(self, config: Config, optics: OpticalSystem | None = None) -> None:
@@ -113,7 +113,7 @@ class ImageProcessor(Closing):
     def classify(
         self, image: Pixels, *, channel: str | None = None, of_stack: bool = False
     ) -> FrameResult:
-        """Estimate the defocus of an image, tile by tile.
+        """Find the defocus of an image, tile by tile.
 
         Parameters
         ----------

@@ -55,25 +55,25 @@ def estimates(
     """Yield focus estimates of a running processor, newest wins.
 
     They come from its preview socket, at most one per ``transport.preview.interval_s``,
-    and never slow the recording. An estimate that nobody took in time is gone.
+    and never slow the recording. An estimate that is not taken in time is lost.
 
     Parameters
     ----------
     endpoint
         ``transport.preview.endpoint`` of the processor.
     timeout_s
-        End after so long without a new estimate; None: wait for ever.
+        End after this time without a new estimate; None: wait for ever.
     stop
-        Ends the iteration when set, from another thread.
+        Set it from another thread to end the iteration.
     curve_keys
-        Folder of keys, where the processor has them.
+        Folder of keys, if the processor uses keys.
 
     Raises
     ------
     ConfigError
-        If the endpoint, the keys or the timeout are none.
+        If the endpoint, the keys or the timeout cannot be used.
     ProtocolError
-        If what comes there is not of this version of rtfocus.
+        If another version of rtfocus, or something else, publishes there.
 
     Examples
     --------
@@ -113,10 +113,10 @@ def stream(
     Every plan that runs on `core` within the block becomes a series: estimated,
     restored and recorded like one of ``rtfocus acquire``. ``core.mda.run`` returns
     when its frames are durable. Your engine, your handlers and your own files stay
-    as they are; a frame waits for the processor where that is too slow, as
-    ``transport.on_stall`` says. In the place of pymmcore-plus' stock engine one of
-    rtfocus runs the plans while the block lasts: it answers ``rtfocus`` in an
-    autofocus_plan and holds focus with ``autofocus.mode: hold``.
+    as they are. If the processor is too slow a frame waits for it, as
+    ``transport.on_stall`` says. Instead of pymmcore-plus' stock engine, one of
+    rtfocus runs the plans while the block lasts: it carries out an autofocus_plan of
+    device ``rtfocus`` and holds focus with ``autofocus.mode: hold``.
 
     Parameters
     ----------
@@ -126,8 +126,8 @@ def stream(
         Run, channels, camera, processing, store and transport are used; microscope
         and acquisition are not.
     processor
-        ``here``: started as a process of its own on this machine, on free ports,
-        and ended with the block. ``configured``: one that runs already, or
+        ``here``: start one as a separate process on this machine, on free ports, and
+        end it with the block. ``configured``: use one that runs already, here or
         elsewhere (``rtfocus process``), at the endpoints of `config`.
 
     Returns
@@ -138,7 +138,7 @@ def stream(
     Raises
     ------
     ConfigError
-        If the config cannot be used, or `core` or `processor` are none.
+        If `config`, `core` or `processor` cannot be used.
     IncompleteError
         At the end of the block, if a plan broke off or a camera lost images; what
         was acquired is recorded. Not for a plan that was canceled.

@@ -81,16 +81,16 @@ def focus_of_stack(
     Parameters
     ----------
     z
-        Of every plane, in um or planes: any steps, any order.
+        z of every plane, in um or planes: any steps, any order.
     distance
-        Of every plane from focus, in any unit; signs are left out; NaN or None:
-        nothing to be seen.
+        Distance of every plane from focus, in any unit; signs are ignored. NaN or
+        None: the plane shows nothing.
 
     Returns
     -------
     StackFocus
-        ``unknown`` for fewer than five planes that show anything, and where no focus
-        explains the distances: all alike, or in no order.
+        ``unknown`` if fewer than five planes show anything, or if no focus explains
+        the distances: all alike, or in no order.
 
     Raises
     ------

@@ -181,14 +181,14 @@ def find_config(name: Path | str) -> Path:
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     """Return a YAML config, validated, with ``section.key=value`` overrides.
 
-    Relative paths begin at the file's folder; those of overrides where one works.
+    Paths are relative to the file's folder; those of overrides to where you work.
 
     Parameters
     ----------
     path
-        The file; a string may also be the name of a shipped config, e.g. ``demo``.
+        The file, or the name of a shipped config, e.g. ``demo``.
     overrides
-        E.g. ``["run.name=day1", "camera.gain_e_per_count=0.6"]``; a string is one.
+        A list, e.g. ``["run.name=day1", "camera.gain_e_per_count=0.6"]``, or a string.
 
     Raises
     ------
