@@ -29,7 +29,9 @@ from rtfocus.microscope.delivery import (
     camera_lost_images,
     frame_json,
     image_number,
+    number_on,
     overflow_error,
+    pixel_size_change,
     untold,
 )
 from rtfocus.microscope.engine import RecordingEngine, SetUps
@@ -41,8 +43,6 @@ from rtfocus.microscope.series import (
     Complaints,
     camera_geometry,
     describe_series,
-    number_on,
-    objective_change,
     warn_of_silent_stage,
     with_field_of_view,
 )
@@ -190,7 +190,9 @@ class LiveAcquisition:
         pixels, tags = core.popNextImageAndMD()
         camera = dict(tags)
         self._observations.note_buffer(waiting, core.getBufferFreeCapacity())
-        if (change := objective_change(core, self._geometry)) is not None:
+        now_um = float(core.getPixelSizeUm(True))
+        change = pixel_size_change(self._geometry.pixel_size_um, now_um)
+        if change is not None:
             raise SeriesChangedError(change)
         number = self._number(camera)
         self._observations.camera_lost += max(0, number - self._expected)

@@ -6,6 +6,7 @@ How an acquisition went is counted where it happens; a series ends in one place 
 things went well, and in the same one when they did not.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     # A processor side knows reports and starts without Micro-Manager.
     from pymmcore_plus import CMMCorePlus
     from pymmcore_plus.experimental.unicore import UniMMCore
+
+LOGGER = "pymmcore-plus"
+"""Of its complaints, and of ours that belong with them."""
 
 
 class FrameSink(Protocol):
@@ -165,6 +169,13 @@ def overflow_error(core: "UniMMCore") -> MicroscopeError:
         "microscope.sequence_buffer_mb"
     )
     return MicroscopeError(msg)
+
+
+def pixel_size_change(before_um: float, now_um: float) -> str | None:
+    """Name a change of the core's pixel size, as of its objective; None: the same."""
+    if before_um == now_um:
+        return None
+    return f"the core's pixel size changed from {before_um} to {now_um} um"
 
 
 def refuse_overflow(core: "CMMCorePlus") -> None:
@@ -368,6 +379,27 @@ def image_number(camera_metadata: Mapping[str, Any]) -> int | None:
     """Return the core's count of an image within its sequence, from 0."""
     number = camera_metadata.get("ImageNumber")
     return None if number is None else int(number)
+
+
+def number_on(
+    core: "CMMCorePlus", camera: Mapping[str, Any], following: int, end: int
+) -> int | None:
+    """Return the number of an image within its sequence, from `following` on.
+
+    None, and a warning that `Complaints` hears, where it came before or is `end` or
+    more: then it is not known which image it is.
+    """
+    number = image_number(camera)
+    if number is None:
+        return following
+    if following <= number < end:
+        return number
+    logging.getLogger(LOGGER).warning(
+        "camera '%s' numbers an image %d where %d was to come, as when somebody clears "
+        "Micro-Manager's buffer; what was lost then is not known",
+        *(core.getCameraDevice(), number, following),
+    )
+    return None
 
 
 def _short(value: object) -> str | bool | int | float | None:

@@ -25,7 +25,7 @@ from pymmcore_plus.mda import MDAEngine, SkipEvent
 from pymmcore_plus.metadata import SummaryMetaV1
 
 from rtfocus.errors import ConfigError, MicroscopeError, number_of
-from rtfocus.microscope.delivery import refuse_overflow
+from rtfocus.microscope.delivery import number_on, refuse_overflow
 from rtfocus.microscope.plan import (
     each_step,
     image_events,
@@ -33,12 +33,7 @@ from rtfocus.microscope.plan import (
     numbered,
     takes_image,
 )
-from rtfocus.microscope.series import (
-    Geometry,
-    camera_geometry,
-    number_on,
-    with_field_of_view,
-)
+from rtfocus.microscope.series import Geometry, camera_geometry, with_field_of_view
 from rtfocus.workers import Wait
 
 Payload = Any

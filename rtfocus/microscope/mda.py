@@ -31,6 +31,7 @@ from rtfocus.microscope.delivery import (
     frame_json,
     image_number,
     overflow_error,
+    pixel_size_change,
     untold,
 )
 from rtfocus.microscope.engine import RecordingEngine, SequenceEngine, SetUps
@@ -39,7 +40,6 @@ from rtfocus.microscope.series import (
     Complaints,
     camera_geometry,
     describe_series,
-    objective_change,
     warn_of_silent_stage,
 )
 from rtfocus.workers import acting_when
@@ -151,8 +151,10 @@ class PlannedAcquisition:
         try:
             assert self._delivery is not None
             if meta.get("hardware_triggered", False):
-                # Within a hardware sequence the camera itself cannot be changed.
-                change = objective_change(self._core, self._geometry)
+                # Within a hardware sequence the camera itself cannot be changed. The
+                # core knows its objective, of which nothing is asked.
+                now_um = float(self._core.getPixelSizeUm(True))
+                change = pixel_size_change(self._geometry.pixel_size_um, now_um)
             else:
                 change = self._geometry.change(camera_geometry(self._core))
             if change is not None:

@@ -11,13 +11,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import useq
-from pymmcore_plus import CMMCorePlus
 from pymmcore_plus.experimental.unicore import UniMMCore
 from pymmcore_plus.metadata.serialize import to_builtins
 
@@ -26,7 +25,7 @@ from rtfocus.config import Config
 from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.machine import RUN_CLOCK
-from rtfocus.microscope.delivery import image_number
+from rtfocus.microscope.delivery import LOGGER, pixel_size_change
 from rtfocus.microscope.plan import AcquisitionPlan
 from rtfocus.microscope.sequence import refuse_too_many
 from rtfocus.microscope.virtual_devices import BIT_DEPTH
@@ -38,7 +37,6 @@ def summary_json(summary: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(to_builtins(values))
 
 
-LOGGER = "pymmcore-plus"
 _MOST_KINDS = 20
 # Said at every cancellation, which the report states anyway.
 _NO_COMPLAINT = "MDA Canceled"
@@ -55,27 +53,6 @@ def warn_of_silent_stage(core: UniMMCore) -> None:
         "their z; check its connection",
         core.getFocusDevice(),
     )
-
-
-def number_on(
-    core: CMMCorePlus, camera: Mapping[str, Any], following: int, end: int
-) -> int | None:
-    """Return the number of an image within its sequence, from `following` on.
-
-    None, and a warning that `Complaints` hears, where it came before or is `end` or
-    more: then nobody knows which image it is.
-    """
-    number = image_number(camera)
-    if number is None:
-        return following
-    if following <= number < end:
-        return number
-    logging.getLogger(LOGGER).warning(
-        "camera '%s' numbers an image %d where %d was to come, as when somebody clears "
-        "Micro-Manager's buffer; what was lost then is not known",
-        *(core.getCameraDevice(), number, following),
-    )
-    return None
 
 
 def _is_complaint(record: logging.LogRecord) -> bool:
@@ -178,10 +155,7 @@ class Geometry:
             before, after = getattr(self, name), getattr(now, name)
             if before != after:
                 return f"camera {name} changed from {before} to {after}"
-        before_um, now_um = self.pixel_size_um, now.pixel_size_um
-        if before_um != now_um:
-            return f"the core's pixel size changed from {before_um} to {now_um} um"
-        return None
+        return pixel_size_change(self.pixel_size_um, now.pixel_size_um)
 
     def __str__(self) -> str:
         height, width, *colours = self.shape
@@ -233,15 +207,6 @@ def camera_geometry(core: UniMMCore) -> Geometry:
     return Geometry(
         shape, dtype.str, _bit_depth(core), tuple(core.getROI()), pixel_size_um
     )
-
-
-def objective_change(core: UniMMCore, geometry: Geometry) -> str | None:
-    """Name a change of the pixel size since a geometry was read; None: there is none.
-
-    For a running camera, of which nothing is asked: the core knows its objective.
-    """
-    pixel_size_um = float(core.getPixelSizeUm(True))
-    return geometry.change(replace(geometry, pixel_size_um=pixel_size_um))
 
 
 def describe_series(

@@ -8,6 +8,7 @@ import pytest
 import useq
 
 from rtfocus.microscope.delivery import (
+    LOGGER,
     READOUT_MS,
     AcquisitionReport,
     Observations,
@@ -15,7 +16,7 @@ from rtfocus.microscope.delivery import (
     frame_json,
     image_number,
 )
-from rtfocus.microscope.series import LOGGER, Complaints, summary_json
+from rtfocus.microscope.series import Complaints, summary_json
 
 NOW_NS = 1_795_235_976_500_000_000
 
