@@ -209,7 +209,10 @@ class RecordingEngine(SequenceEngine):
         Its image would be of another channel or place than it is stored as.
         """
         before = self.failed_settings()
-        super().setup_event(event)
+        try:
+            super().setup_event(event)
+        except RuntimeError as error:  # of a stage; of the rest pymmcore-plus tells
+            core_logger.warning("Failed to set position. %s", error)
         if self.failed_settings() == before:
             return
         # Half of a preset may be set: the one before does not hold any more either.

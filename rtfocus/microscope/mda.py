@@ -131,6 +131,9 @@ class PlannedAcquisition:
         self, sequence: useq.MDASequence, summary: Mapping[str, Any] | None
     ) -> None:
         """Announce the series; the hardware is set up, the clock not started."""
+        if (failed := self._complaints.first_failed) is not None:
+            msg = f"the plan's setup cannot be made, nothing was exposed: {failed}"
+            raise MicroscopeError(msg)
         self._plan = lay_out(sequence)
         self._geometry = camera_geometry(self._core)
         series = describe_series(

@@ -184,6 +184,33 @@ def test_an_image_whose_preset_fails_is_not_taken_and_the_others_are():
     assert "Failed to set channel" in sink.reasons[0]
 
 
+def test_an_image_that_the_stage_does_not_go_to_is_not_taken_and_the_others_are():
+    places = [{"x": 0, "y": 0, "z": z_um} for z_um in (1, 1e9, 3)]
+    plan = {"stage_positions": places, "channels": [CHANNEL]}
+    sink, report = record(democamera({"mda": plan}, properties=SMALL))
+    assert [(h.index["p"], round(h.z_um)) for h in sink.headers] == [(0, 1), (2, 3)]
+    assert (report.frames, report.not_acquired, report.camera_lost) == (2, 1, 0)
+    assert "Failed to set position. Error in device" in report.reason
+    assert "out of range" in report.reason
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        {"properties": [["Camera", "Gian", "2"]]},
+        {"channel": {"config": "DPAI", "group": "Channel"}},
+        {"z_pos": 1e9},
+    ],
+    ids=["property", "channel", "z"],
+)
+def test_a_plan_whose_setup_fails_is_not_exposed(setup):
+    sink = RecordingSink()
+    plan = {"channels": [CHANNEL], "setup": setup}
+    with pytest.raises(MicroscopeError, match=r"Gian|DPAI|out of range"):
+        record(democamera({"mda": plan}, properties=SMALL), sink)
+    assert (sink.series, sink.reasons) == (None, [])
+
+
 def test_a_failing_sink_stops_the_live_camera():
     config = democamera({"live": {"exposure_ms": 1}}, properties=SMALL)
     sink = RecordingSink(fail_at=4)
