@@ -29,7 +29,7 @@ from rtfocus.metrics import Outcome, accounting_in_words
 from rtfocus.monitor import Monitor
 from rtfocus.writers.header import REPORT_NAME
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 
@@ -152,7 +152,7 @@ class Messenger:
         """Tell everybody, one after the other, each within ``alarm.timeout_s``."""
         self._counts["raised"] += 1
         if alarm.kind != "end":
-            _LOG.warning("alarm: %s", alarm.text)
+            logger.warning("alarm: %s", alarm.text)
         if self._config.sound and sys.stderr is not None and sys.stderr.isatty():
             sys.stderr.write("\a")
             sys.stderr.flush()
@@ -212,7 +212,7 @@ class Messenger:
         if way not in self._complained:
             # Once: a receiver that is down is down for every alarm.
             self._complained.add(way)
-            _LOG.warning("alarm.%s failed, the run goes on: %s", way, error)
+            logger.warning("alarm.%s failed, the run goes on: %s", way, error)
 
 
 class Attendance:
@@ -257,7 +257,7 @@ class Attendance:
         most_s = 2 * (2 + len(self._config.on)) * self._config.timeout_s
         self._thread.join(most_s)
         if self._thread.is_alive():
-            _LOG.warning("the last alarms are not delivered after %g s", most_s)
+            logger.warning("the last alarms are not delivered after %g s", most_s)
 
     def _account(self, folder: Path, failure: BaseException | None) -> None:
         """Note on what ended a finished run where its frames are."""

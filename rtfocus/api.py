@@ -33,7 +33,7 @@ AnyConfig = Config | Path | str
 
 Image = NDArray[Any]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @overload
@@ -399,7 +399,7 @@ def _is_colour(image: Image) -> bool:
 
 
 def _tell_blind(engine: str | None) -> None:
-    _log.warning(
+    logger.warning(
         "no optics are given: '%s' runs blind, as if they were those it was made for; "
         "give optics=rtfocus.Optics(numerical_aperture, wavelength_nm, pixel_size_um)",
         engine,
@@ -409,7 +409,7 @@ def _tell_blind(engine: str | None) -> None:
 def _tell_below_offset(planes: Iterable[Image], settings: Config) -> None:
     offset = settings.camera.offset_counts
     if faults := [text for plane in planes if (text := told_below(plane, offset))]:
-        _log.warning("%s: %s", number_of(len(faults), "plane"), faults[0])
+        logger.warning("%s: %s", number_of(len(faults), "plane"), faults[0])
 
 
 def _plane_by_plane(

@@ -42,7 +42,7 @@ _RESERVED = frozenset(
 _FOREIGN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 _HELD = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY)
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +387,7 @@ def _clear(path: Path, patience: Patience) -> None:
             f"'{path}' is left over and cannot be removed",
         )
     except OutputError as error:
-        _log.warning("%s", error)
+        logger.warning("%s", error)
 
 
 _PACKAGE = Path(__file__).resolve().parent

@@ -37,7 +37,7 @@ from rtfocus.transport.viewer import (
 )
 from rtfocus.workers import BoundedQueue
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 RATE_WINDOW_S = 5.0
 """Frames/s are those of the last few seconds, so that a stall shows at once."""
@@ -169,7 +169,9 @@ class Monitor:
         if channel not in self._below_offset:
             self._below_offset.add(channel)
             fault = told_below(slot.pixels, self._offset_counts)
-            _log.warning("frame %d, channel '%s': %s", header.sequence, channel, fault)
+            logger.warning(
+                "frame %d, channel '%s': %s", header.sequence, channel, fault
+            )
 
     def committed(self, slot: Slot) -> None:
         """Note a frame that is on the disk."""

@@ -42,7 +42,7 @@ from rtfocus.workers import Newest, Wait, acting_when
 _LOOK_S = 0.1
 """How often a waiting call looks whether it should stop."""
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def estimates(
@@ -204,7 +204,7 @@ class LiveStream:
         """Cancel a plan whose frames would be lost: outside of the stream's block."""
         if self._is_open:
             return
-        _log.error(
+        logger.error(
             "the plan is canceled: rtfocus.stream is an output of it and records "
             "nothing outside of its block; write `with rtfocus.stream(...) as live:` "
             "and run the plan within"
@@ -223,7 +223,7 @@ class LiveStream:
         with ExitStack() as opened:
             opened.callback(setattr, self, "_is_open", False)
             tell = opened.enter_context(_telling(self.estimateReady.emit))
-            focusing = Focusing(self._config, _log.info)
+            focusing = Focusing(self._config, logger.info)
 
             def heard(estimate: Estimate) -> None:
                 if not estimate.is_early:
@@ -295,7 +295,7 @@ class LiveStream:
                 continue
         if self._child is not None and not self._child.failed():
             for line in self._child.said.splitlines():
-                _log.warning("processor side: %s", line)
+                logger.warning("processor side: %s", line)
         if error is None and self._failure is not None:
             raise self._failure
 
@@ -310,7 +310,7 @@ class LiveStream:
             focusing.asked(act, self._core.mda.cancel)
         else:
             name = type(engine).__name__
-            _log.warning("'%s' was asked for; this core's %s does none", act, name)
+            logger.warning("'%s' was asked for; this core's %s does none", act, name)
 
     def _begin(self, sequence: useq.MDASequence, summary: Mapping[str, Any]) -> None:
         self._idle.clear()
@@ -348,7 +348,7 @@ class LiveStream:
         except Exception as error:  # raised at the end of the block
             # A processor that ended says best why nobody takes the frames.
             of_child = self._child and self._child.failure()
-            _log.error("the stream failed: %s", of_child or error)
+            logger.error("the stream failed: %s", of_child or error)
             self._failure = self._failure or of_child or _as_rtfocus_error(error)
         finally:
             self._idle.set()
@@ -401,7 +401,7 @@ def _telling(emit: Callable[[Estimate], None]) -> Iterator[Callable[[Estimate], 
             try:
                 emit(estimate)
             except EmitLoopError:
-                _log.exception("a listener of estimateReady failed")
+                logger.exception("a listener of estimateReady failed")
 
     thread = threading.Thread(target=tell, name="estimates")
     thread.start()

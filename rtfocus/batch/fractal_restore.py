@@ -25,7 +25,7 @@ from rtfocus.images.optics import StatedOptics, stated_optics
 from rtfocus.images.reading import open_images
 from rtfocus.images.zarr_writing import ZarrForm, write_zarr
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @validate_call
@@ -73,7 +73,7 @@ def fractal_restore(
         settings, source_images, stated=stated, free_choice=engine is None
     ) as images:
         for line in images.assumptions():
-            _log.warning("%s", line)
+            logger.warning("%s", line)
         planes = images.restored(0)
         image = replace(images.outline(0), planes=planes)
         with files.whole(target, overwrite=overwrite) as part:

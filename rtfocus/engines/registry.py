@@ -36,7 +36,7 @@ ENGINES_VARIABLE = "RTFOCUS_ENGINES"
 ENTRY_POINTS = "rtfocus.engines"
 """Group of entry points by which other packages bring engines."""
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def package_folders() -> list[Path]:
             places += map(Path, folders)
         else:
             named = f"entry point {ENTRY_POINTS} '{entry.name}' names '{entry.value}'"
-            _log.warning("%s, which is no package%s", named, why)
+            logger.warning("%s, which is no package%s", named, why)
     return places
 
 

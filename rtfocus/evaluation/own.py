@@ -9,7 +9,6 @@ in ``NAME.training`` beside the engine, so that a killed call goes on where it w
 
 import hashlib
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -46,8 +45,6 @@ from rtfocus.training.commands import (
 )
 from rtfocus.training.recipe import RecipeBase
 from rtfocus.training.trainer import Trainer, choose_device, train
-
-_log = logging.getLogger(__name__)
 
 SHIPPED = (
     "rtfocus-2",

@@ -201,7 +201,7 @@ PAGE_NAME = "report.html"
 MOST_WAIT_S = 10.0
 """How long the end of a run waits for its page; a slow disk makes it later."""
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8881}
@@ -263,13 +263,13 @@ def leave_page(folder: Path) -> None:
         # Whatever it is, the run itself is sound.
         except Exception as error:
             reason = error if isinstance(error, RtfocusError) else repr(error)
-            _LOG.warning("%s is not written (%s); %s", PAGE_NAME, reason, again)
+            logger.warning("%s is not written (%s); %s", PAGE_NAME, reason, again)
 
     thread = threading.Thread(target=make, name="report", daemon=True)
     thread.start()
     thread.join(MOST_WAIT_S)
     if thread.is_alive():
-        _LOG.warning("%s takes longer than %g s; %s", PAGE_NAME, MOST_WAIT_S, again)
+        logger.warning("%s takes longer than %g s; %s", PAGE_NAME, MOST_WAIT_S, again)
 
 
 def page(facts: RunFacts) -> str:

@@ -352,7 +352,7 @@ def _own_source(files: list[str], held_out: tuple[str, ...] = ()) -> SourceRecip
     )
 
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def train_command(
@@ -395,7 +395,9 @@ def train_command(
         own = read_optics(optics)
         chosen = own_recipe(chosen, own, images, name=name or chosen.name)
     newest = train(chosen, resume=resume, device=device, workers=workers)
-    _log.info("trained: '%s'; next: rtfocus export %s -o engines/NAME", newest, newest)
+    logger.info(
+        "trained: '%s'; next: rtfocus export %s -o engines/NAME", newest, newest
+    )
     return newest
 
 
@@ -434,5 +436,5 @@ def export_command(
             precisions=precisions,
         )
     card = output / card.name
-    _log.info("exported: '%s'", card)
+    logger.info("exported: '%s'", card)
     return card

@@ -49,7 +49,7 @@ from rtfocus.writers.header import (
 from rtfocus.writers.layout import group_documents
 from rtfocus.writers.places import Plan
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0
 """How long a lock is waited for: a recorder that was replaced is closing."""
@@ -386,7 +386,7 @@ def run_folder(run: RunConfig, store: StoreConfig, series: SeriesStart) -> Path:
         if store.overwrite and number == 1 and is_finished(folder):
             if (added := added_to(folder)) is None:
                 return folder
-            _log.warning("'%s' is kept: '%s' is not of the run", folder, added)
+            logger.warning("'%s' is kept: '%s' is not of the run", folder, added)
     raise AssertionError  # count() never ends
 
 
