@@ -101,7 +101,6 @@ class Monitor:
     """How many there were in all."""
     _before: int = 0
     """Frames that an earlier process wrote into this run."""
-    _started: float = field(default_factory=time.perf_counter)
     _first_ns: int | None = None
     _last_ns: int = 0
     _offset_counts: float = 0.0
@@ -114,7 +113,6 @@ class Monitor:
         """Forget the time spent waiting for the series, and what was before it."""
         self.series, self._offset_counts = series, offset_counts
         self._before = self.accounting.written
-        self._started = time.perf_counter()
         self._cpu_s = time.process_time()
 
     def arrived(self, slot: Slot) -> None:
