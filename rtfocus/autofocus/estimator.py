@@ -38,9 +38,10 @@ _EDGE = 0.93
 _FEW_TILES = 3
 # Tiles whose own deviation is this share of the range do not know.
 _FLAT = 0.30
-# Two groups of tiles, each with a quarter of the weight, this many of their own
-# deviations and depths of field apart.
-_GROUP_SHARE, _GROUP_DEVIATIONS, _GROUP_UNITS = 0.25, 3.5, 1.5
+# Two groups of tiles.
+_GROUP_SHARE = 0.25  # of the weight, at least, in each
+_GROUP_DEVIATIONS = 3.5  # apart, of their own
+_GROUP_UNITS = 1.5  # apart, in depths of field
 _TILT_TILES = 8
 _HUBER = 1.345
 

@@ -30,18 +30,19 @@ from rtfocus.frame import FocusReading
 Floats = NDArray[np.float64]
 
 # In depths of field.
-_NEAR, _BESIDE, _TOP, _BRACKET = 3.5, 0.7, 0.8, 0.5
-# Share of their energy that optics leave unexplained of images that they do not form.
-_ALIEN = 0.06
-# Probability, within a depth of field, that is enough to end a failed search there.
-_ROUGHLY_SURE = 0.7
-# Images look alike over so much about focus, which is known within a margin.
-_FLAT_TOP, _MARGIN, _BEYOND_TOP = 1.5, 0.3, 2.0
-# Images so close to the sharpest, at so many places, tell whether optics explain them.
-_CLOSE, _CLOSE_PLACES = 2.0, 4
-_STILL_PLACES = 3
-# Sharpness changes at least so much from focus to a depth of field beside it.
-_CHANGE = 1.08
+_NEAR = 3.5  # from the sharpest image: those that are compared
+_BESIDE = 0.7  # from focus: images that are on one side of it
+_TOP = 0.8  # from the sharpest image: where a parabola holds
+_BRACKET = 0.5  # from the sharpest image: where both sides are looked at
+_FLAT_TOP = 1.5  # over which images about focus look alike
+_MARGIN = 0.3  # within which focus is known then
+_BEYOND_TOP = 2.0  # from focus: where images must differ
+_CLOSE = 2.0  # to the sharpest image: those that optics must explain,
+_CLOSE_PLACES = 4  # from so many places
+_STILL_PLACES = 3  # with images alike: the stage stands still
+_ALIEN = 0.06  # unexplained share of energy of images that the optics do not form
+_ROUGHLY_SURE = 0.7  # of focus within a depth of field: enough after a failed search
+_CHANGE = 1.08  # of sharpness, at least, from focus to a depth of field beside it
 # Rings that are averaged to tell a change from noise, and how often its variance a
 # change must have: noise alone has 5 at most, the faintest cell that landed 24.
 _BAND, _CLEAR_CHANGE = 6, 10.0
