@@ -222,48 +222,55 @@ class LiveStream:
         self._failure = None
         with ExitStack() as opened:
             opened.callback(setattr, self, "_is_open", False)
-            tell = opened.enter_context(_telling(self.estimateReady.emit))
             focusing = Focusing(self._config, logger.info)
-
-            def heard(estimate: Estimate) -> None:
-                if not estimate.is_early:
-                    tell(estimate)
-                following = self._following
-                # Late ones of the plan before answer for no image of this one.
-                if following and estimate.series_uid == following.series_uid:
-                    focusing.inbox.take(estimate)
-
-            self._publisher = opened.enter_context(
-                FramePublisher(
-                    self._config.transport,
-                    on_estimate=heard,
-                    on_ask=lambda act: self._do_request(focusing, act),
-                    # One of its own has nobody after it.
-                    waits_for_another=not self._starts_processor,
-                )
-            )
+            self._publisher = self._open_publisher(opened, focusing)
             engine = StreamEngine(self._core, focusing, self._followed)
             opened.enter_context(holding_engine(engine))
             if self._starts_processor:
                 self._child = opened.enter_context(SideProcess(self._config, "process"))
-                # Nobody waits for a processor that has ended with an error.
+                # A processor that has ended with an error is not waited for.
                 opened.enter_context(
                     acting_when(self._child.failed, self._publisher.stop)
                 )
-            events = self._core.mda.events
-            for signal, slot in (
-                (events.sequenceStarted, self._begin),
-                (events.frameReady, self._take),
-                (events.sequenceFinished, self._finish),
-            ):
-                # Before handlers of the script: one that fails keeps those after it
-                # from being called, and a plan's end would be waited for for ever.
-                first = {"priority": 1} if isinstance(signal, SignalInstance) else {}
-                signal.connect(slot, **first)
-                opened.callback(signal.disconnect, slot)
+            self._follow_plans(opened)
             self._is_open = True
             self._opened = opened.pop_all()
         return self
+
+    def _open_publisher(self, opened: ExitStack, focusing: Focusing) -> FramePublisher:
+        """Open what sends frames, and hands estimates to listeners and autofocus."""
+        emit = opened.enter_context(_telling(self.estimateReady.emit))
+
+        def take_estimate(estimate: Estimate) -> None:
+            if not estimate.is_early:
+                emit(estimate)
+            following = self._following
+            # Late ones of the plan before answer for no image of this one.
+            if following and estimate.series_uid == following.series_uid:
+                focusing.inbox.take(estimate)
+
+        publisher = FramePublisher(
+            self._config.transport,
+            on_estimate=take_estimate,
+            on_ask=lambda act: self._do_request(focusing, act),
+            # A processor of its own is followed by no other.
+            waits_for_another=not self._starts_processor,
+        )
+        return opened.enter_context(publisher)
+
+    def _follow_plans(self, opened: ExitStack) -> None:
+        """Listen to the plans that the core runs, until the stream is closed."""
+        events = self._core.mda.events
+        for signal, slot in (
+            (events.sequenceStarted, self._begin),
+            (events.frameReady, self._take),
+            (events.sequenceFinished, self._finish),
+        ):
+            # Before handlers of the script: one that fails keeps those after it
+            # from being called, and a plan's end would be waited for for ever.
+            first = {"priority": 1} if isinstance(signal, SignalInstance) else {}
+            signal.connect(slot, **first)
+            opened.callback(signal.disconnect, slot)
 
     def _refuse_in_use(self) -> None:
         if self._is_open:

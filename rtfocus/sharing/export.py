@@ -86,14 +86,7 @@ def export_bioimageio(
     card = engine.card
     _refuse_unspeakable(card)
     model = verified_file(engine.folder, card, "fp32")
-    files = {
-        CARD_NAME: (engine.folder / CARD_NAME).read_bytes(),
-        _README: _readme(engine).encode(),
-        **{
-            name: verified_file(engine.folder, card, precision).read_bytes()
-            for precision, name in card.files.items()
-        },
-    }
+    files = _files_of(engine)
     tensors = _test_tensors(engine)
     for name, tensor in tensors.items():
         files[f"test_{name}.npy"] = _npy(tensor)
@@ -122,13 +115,29 @@ def export_bioimageio(
     files["rdf.yaml"] = yaml.safe_dump(
         rdf, sort_keys=False, allow_unicode=True
     ).encode()
-    with whole(target, overwrite=overwrite) as part, zipfile.ZipFile(part, "w") as into:
+    with whole(target, overwrite=overwrite) as part:
+        _write_zip(part, files)
+    return target
+
+
+def _files_of(engine: FoundEngine) -> dict[str, bytes]:
+    """Return card, readme and weights of an engine, by their names in the package."""
+    card = engine.card
+    weights = {
+        name: verified_file(engine.folder, card, precision).read_bytes()
+        for precision, name in card.files.items()
+    }
+    card_bytes = (engine.folder / CARD_NAME).read_bytes()
+    return {CARD_NAME: card_bytes, _README: _readme(engine).encode(), **weights}
+
+
+def _write_zip(path: Path, files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as package:
         for name, data in files.items():
             # One date: the same engine gives the same package, byte for byte.
             entry = zipfile.ZipInfo(name)
             entry.compress_type = zipfile.ZIP_DEFLATED
-            into.writestr(entry, data)
-    return target
+            package.writestr(entry, data)
 
 
 def _refuse_unspeakable(card: EngineCard) -> None:
