@@ -3,7 +3,7 @@
 A power cut may leave a journal short, torn or with blocks of zeros, though the frames
 lie beside it. Sound lines stay as they are. A frame that no line names and whose
 checksums are right gets a line again, marked ``recovered``; what the line knew besides
-its place is lost. A sequence that nothing is left of is sound as missing. Pixels
+its place is lost. A sequence that nothing is left of is journalled as missing. Pixels
 that are not whole, and the damaged journal itself, are set aside, never deleted.
 """
 
