@@ -35,6 +35,7 @@ from rtfocus.training.networks.rtfocus import Rtfocus2Recipe
 from rtfocus.training.onnx_forms import (
     calibration_inputs,
     halve_weights,
+    inner_convolutions,
     quantise,
     write_half_network,
     write_onnx,
@@ -73,7 +74,7 @@ def write_precisions(
         ``fp32`` is written whether named or not: it is the reference. ``fp16``
         computes in half precision, ``int8`` in 8 bits between Q/DQ nodes.
     half_weights
-        Store the weights of the fp32 file in 16 bits.
+        Store the weights that compute in float32 in 16 bits.
 
     Returns
     -------
@@ -95,11 +96,11 @@ def write_precisions(
     if "int8" in precisions:
         files["int8"] = file_name("int8")
         batches = calibration_inputs(task, tuple(graph.inputs))
-        quantise(
-            reference, folder / files["int8"], batches, float_ends=graph.float_ends
-        )
+        inner = inner_convolutions(reference, graph.float_ends, graph.exact_output)
+        quantise(reference, folder / files["int8"], batches, inner)
     if half_weights:
-        halve_weights(reference)
+        for precision in files.keys() - {"fp16"}:
+            halve_weights(folder / files[precision])
     return files
 
 

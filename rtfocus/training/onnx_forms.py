@@ -11,14 +11,15 @@ before they are used, which runtimes do once, while loading.
 *int8*: every convolution gets a quantise and a dequantise node before it (Q/DQ), ranges
 measured on training data, weights in one scale per output channel, features in one
 scale per tensor, zero in the middle: what TensorRT, OpenVINO and ONNX Runtime all read.
-The first convolution and the last before each output stay in float: there the image
-itself, or the evidence for a label, would be rounded to 256 steps. A network may ask
-for more at either end.
+A range holds all features but one in ten thousand: the largest are up to ten times as
+large, and steps that reach them are too coarse for the rest. The first convolution and
+the last before each output stay in float: there the image itself, or the evidence for a
+label, would be rounded to 256 steps. A network may ask for more to stay so.
 """
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -258,14 +259,14 @@ def _cast(source: str, target: str, *, half: bool) -> onnx.NodeProto:
 
 
 _CONVOLUTION = "Conv"
+_IN_RANGE_PERCENT = 99.99
 
 
 def quantise(
     source: Path,
     target: Path,
     batches: Iterable[Inputs],
-    *,
-    float_ends: tuple[int, int] = (1, 1),
+    inner: Sequence[str],
 ) -> Path:
     """Write the int8 form of a float32 ONNX file.
 
@@ -277,8 +278,8 @@ def quantise(
         File to write.
     batches
         Inputs by tensor name, as the network meets them; a few dozen patches.
-    float_ends
-        See `inner_convolutions`.
+    inner
+        Names of the convolutions that become int8, see `inner_convolutions`.
 
     Returns
     -------
@@ -288,7 +289,7 @@ def quantise(
     Raises
     ------
     EngineError
-        If the file has no convolution between its ends.
+        If no convolution becomes int8.
     """
     # Slow to import, and only exports need it.
     from onnxruntime.quantization import (
@@ -298,7 +299,6 @@ def quantise(
         quantize_static,
     )
 
-    inner = inner_convolutions(source, float_ends)
     if not inner:
         msg = (
             f"'{source}' has no convolution between its ends; export it as fp32 or fp16"
@@ -315,25 +315,26 @@ def quantise(
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=[_CONVOLUTION],
-            nodes_to_quantize=inner,
-            calibrate_method=CalibrationMethod.MinMax,
+            nodes_to_quantize=[*inner],
+            calibrate_method=CalibrationMethod.Percentile,
             # TensorRT knows neither zero points nor quantised biases.
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
                 "QuantizeBias": False,
-                # The mean range of the batches: one bright speck does not set it.
-                "CalibMovingAverage": True,
+                "CalibPercentile": _IN_RANGE_PERCENT,
             },
         )
     return target
 
 
-def inner_convolutions(path: Path, float_ends: tuple[int, int] = (1, 1)) -> list[str]:
-    """Return the names of all convolutions but the first and the last ones.
+def inner_convolutions(
+    path: Path, float_ends: tuple[int, int] = (1, 1), exact_output: str | None = None
+) -> list[str]:
+    """Return the names of all convolutions that int8 may take.
 
-    A last one is any that reaches an output without another convolution: a network
-    with two outputs has two of them.
+    The first and the last ones are not among them. A last one is any that reaches an
+    output without another convolution: a network with two outputs has two of them.
 
     Parameters
     ----------
@@ -342,25 +343,43 @@ def inner_convolutions(path: Path, float_ends: tuple[int, int] = (1, 1)) -> list
     float_ends
         How many of the first and of the last convolutions, in the order of the
         graph, do not count as inner ones.
+    exact_output
+        Of the convolutions that this output is computed by, only those behind a ReLU
+        count: sums with a short cut have larger outliers, and both signs.
     """
     graph = onnx.load(str(path), load_external_data=False).graph
-    convolutions = [node for node in graph.node if node.op_type == _CONVOLUTION]
     makers = {name: node for node in graph.node for name in node.output}
-    last: set[str] = set()
+    outputs = [value.name for value in graph.output]
+    kept = {node.name for node in _convolutions_before(outputs, makers, last=True)}
+    for node in _convolutions_before([exact_output or ""], makers):
+        maker = makers.get(node.input[0])
+        if maker is None or maker.op_type != "Relu":
+            kept.add(node.name)
+    convolutions = [node.name for node in graph.node if node.op_type == _CONVOLUTION]
+    first, final = float_ends
+    between = convolutions[first : len(convolutions) - final]
+    return [name for name in between if name not in kept]
+
+
+def _convolutions_before(
+    names: Sequence[str], makers: Mapping[str, onnx.NodeProto], *, last: bool = False
+) -> Iterator[onnx.NodeProto]:
+    """Yield the convolutions that tensors are computed by, or the last of them alone.
+
+    `makers` are the nodes of the graph by what they put out.
+    """
     reached: set[str] = set()
-    open_names = [value.name for value in graph.output]
-    while open_names:
-        node = makers.get(open_names.pop())
+    left = [*names]
+    while left:
+        node = makers.get(left.pop())
         if node is None or node.name in reached:
             continue
         reached.add(node.name)
         if node.op_type == _CONVOLUTION:
-            last.add(node.name)
-        else:
-            open_names.extend(node.input)
-    first, final = float_ends
-    between = convolutions[first : len(convolutions) - final]
-    return [node.name for node in between if node.name not in last]
+            yield node
+            if last:
+                continue
+        left.extend(node.input)
 
 
 class _Calibration:

@@ -45,6 +45,9 @@ class Graph:
     """Per input name the axes that may vary: axis number to its name."""
     float_ends: tuple[int, int] = (1, 1)
     """How many of the first and the last convolutions int8 leaves in float."""
+    exact_output: str | None = None
+    """An output that small errors change in kind, as labels: of the convolutions that
+    it is computed by, int8 takes only those behind a ReLU."""
 
 
 class BatchSource(Protocol):
@@ -312,6 +315,7 @@ def frames_graph(
     channels: int = 1,
     entries: int = 0,
     float_ends: tuple[int, int] = (1, 1),
+    exact_output: str | None = None,
 ) -> Graph:
     """Return the graph of a network that takes `tiles`, any number of any size.
 
@@ -327,7 +331,7 @@ def frames_graph(
         Of the tiles.
     entries
         Of the input `condition`, shape (N, entry); 0: there is none.
-    float_ends
+    float_ends, exact_output
         See `Graph`.
     """
     inputs = {"tiles": torch.zeros(2, channels, *sides_px)}
@@ -335,7 +339,7 @@ def frames_graph(
     if entries:
         inputs["condition"] = torch.zeros(2, entries)
         dynamic["condition"] = {0: "number"}
-    return Graph(network, inputs, outputs, dynamic, float_ends)
+    return Graph(network, inputs, outputs, dynamic, float_ends, exact_output)
 
 
 # Optics drawn as pairs lie within these factors of the reference sampling.

@@ -52,8 +52,12 @@ def files(tmp_path_factory):
         {"tiles": {0: "number", 2: "height", 3: "width"}},
     )
     write_onnx(graph, folder / "model.fp32.onnx")
-    quantise(folder / "model.fp32.onnx", folder / "model.int8.onnx", batches())
+    quantised(folder / "model.fp32.onnx", folder / "model.int8.onnx", batches())
     return folder
+
+
+def quantised(source, target, batches):
+    return quantise(source, target, batches, inner_convolutions(source))
 
 
 def run(path, tiles):
@@ -108,7 +112,7 @@ def test_onnx_runtime_and_openvino_agree_on_int8(files):
 
 
 def test_the_same_data_make_the_same_file(files, tmp_path):
-    again = quantise(files / "model.fp32.onnx", tmp_path / "again.onnx", batches())
+    again = quantised(files / "model.fp32.onnx", tmp_path / "again.onnx", batches())
     assert again.read_bytes() == (files / "model.int8.onnx").read_bytes()
 
 
@@ -120,6 +124,48 @@ def test_more_convolutions_at_the_ends_may_stay_in_float(files):
     assert inner_convolutions(source, (2, 2)) == []
 
 
+class Shortened(nn.Module):
+    """Two outputs, each by way of a convolution behind a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.deeper, self.finer = (
+            nn.Conv2d(a, 8, 3, padding=1) for a in (1, 8, 8, 8)
+        )
+        self.label = nn.Conv2d(8, 3, 1)
+        self.image = nn.Conv2d(8, 1, 1)
+
+    def forward(self, tiles):
+        features = torch.relu(self.first(tiles))
+        total = features + self.block(features)
+        return self.label(torch.relu(self.deeper(total))), self.image(self.finer(total))
+
+
+def test_on_the_way_to_an_exact_output_int8_takes_only_what_is_behind_a_relu(tmp_path):
+    example = {"tiles": torch.zeros(2, 1, 32, 48)}
+    path = tmp_path / "two.onnx"
+    write_onnx(Graph(Shortened().eval(), example, ("logits", "restored"), {}), path)
+    _, block, deeper, finer = inner_convolutions(path, (0, 1))
+    assert inner_convolutions(path) == [block, deeper, finer]
+    assert inner_convolutions(path, exact_output="logits") == [block, finer]
+    assert inner_convolutions(path, exact_output="restored") == [block, deeper]
+
+
+def test_a_bright_speck_does_not_make_the_steps_coarse(files, tmp_path):
+    def steps(speck):
+        tiles = np.random.default_rng(3).random((1, 1, 640, 640), np.float32)
+        tiles[0, 0, 5, 7] = speck
+        path = quantised(
+            files / "model.fp32.onnx", tmp_path / f"{speck}.onnx", [{"tiles": tiles}]
+        )
+        graph = onnx.load(path).graph
+        values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+        nodes = [n for n in graph.node if n.op_type == "QuantizeLinear"]
+        return [float(values[node.input[1]]) for node in nodes]
+
+    assert max(steps(speck=100)) < 2 * max(steps(speck=1))
+
+
 def test_a_network_without_inner_convolutions_is_refused(tmp_path):
     graph = Graph(
         nn.Conv2d(1, 1, 3, padding=1),
@@ -129,7 +175,7 @@ def test_a_network_without_inner_convolutions_is_refused(tmp_path):
     )
     write_onnx(graph, tmp_path / "one.onnx")
     with pytest.raises(EngineError, match="export it as fp32 or fp16"):
-        quantise(tmp_path / "one.onnx", tmp_path / "int8.onnx", batches())
+        quantised(tmp_path / "one.onnx", tmp_path / "int8.onnx", batches())
 
 
 def test_fp32_is_always_written_and_order_does_not_matter():
