@@ -244,6 +244,17 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
         self.button = QPushButton("Restore")
         self.status = QLabel("")
         self.status.setWordWrap(True)
+        self._lay_out()
+        self._timer = QTimer(self)
+        self._timer.timeout.connect(self.finish)
+        self.button.clicked.connect(self.start)
+        self.layer.currentTextChanged.connect(self._take_optics)
+        events = self._viewer.layers.events
+        events.inserted.connect(self._list_layers)
+        events.removed.connect(self._list_layers)
+        self._list_layers()
+
+    def _lay_out(self) -> None:
         layout = QFormLayout(self)
         for label, field in (
             ("Layer", self.layer),
@@ -259,14 +270,6 @@ class RestoreWidget(QWidget):  # type: ignore[misc, unused-ignore] # Qt has no t
             layout.addRow(label, field)
         layout.addRow(self.button)
         layout.addRow(self.status)
-        self._timer = QTimer(self)
-        self._timer.timeout.connect(self.finish)
-        self.button.clicked.connect(self.start)
-        self.layer.currentTextChanged.connect(self._take_optics)
-        events = self._viewer.layers.events
-        events.inserted.connect(self._list_layers)
-        events.removed.connect(self._list_layers)
-        self._list_layers()
 
     @property
     def optics(self) -> OpticalSystem | None:
