@@ -20,6 +20,7 @@ from rtfocus.optics.psf import compute_psf
 from rtfocus.training.recipe import PairRecipe, PairsRecipe
 from rtfocus.training.scenes import (
     POINT,
+    DrawnCamera,
     Pair,
     Pool,
     SceneSource,
@@ -292,9 +293,7 @@ class PairBatches:
         share = pairs.enlarged_sharp_share if scene.enlarged else pairs.sharp_share
         if rng.random() < share:
             levels, light, near = np.zeros_like(levels), sharp, scene.sharp[None]
-        camera = draw_camera(rng, pairs.photons)
-        if pairs.counting_share and rng.random() < pairs.counting_share:
-            camera = camera.counting()
+        camera = self._draw_camera(rng)
         blurred = camera.take(light, rng)
         target = camera.counts(sharp)
         # A camera that saturates hides the truth: neither side may exceed it.
@@ -303,13 +302,9 @@ class PairBatches:
             (np.abs(levels) - _SHARP_LEVELS[0]) / np.ptp(_SHARP_LEVELS), 0, 1
         )
         target = blurred + share.astype(np.float32) * (target - blurred)
-        noise = camera.dark_noise()
         middle = round(float(places.mean()))
-        low, scale = _RANGE.fit(camera.counts(near[min(middle, len(near) - 1)]))
-        # The percentiles of a noisy frame lie farther out than those of its light.
-        low, scale = low - 2.3 * noise, scale + 3.3 * noise
-        scale *= float(np.exp(rng.normal(0, _SCALE_JITTER)))
-        low += scale * float(rng.normal(0, _OFFSET_JITTER))
+        frame = camera.counts(near[min(middle, len(near) - 1)])
+        low, scale = _jittered_range(frame, camera.dark_noise(), rng)
         turn = int(rng.integers(4))
         known = scene.is_defocus or not share.any()
         levels_told = levels if known else np.full_like(levels, np.nan)
@@ -319,7 +314,10 @@ class PairBatches:
             "levels": np.rot90(_cells(levels_told), turn),
             "empty": np.rot90(
                 _BACKGROUND_RULE.tiles(
-                    blurred, tile_px=TILE_PX, stride_px=TILE_STRIDE_PX, noise=noise
+                    blurred,
+                    tile_px=TILE_PX,
+                    stride_px=TILE_STRIDE_PX,
+                    noise=camera.dark_noise(),
                 ),
                 turn,
             ),
@@ -330,6 +328,11 @@ class PairBatches:
             psf = scene.psfs[middle] if share.any() else POINT
             sample["psf"] = np.rot90(_fit_psf(psf, pairs.psf_px), turn)[None]
         return {k: _as_float32(v) for k, v in sample.items()}
+
+    def _draw_camera(self, rng: np.random.Generator) -> DrawnCamera:
+        pairs = self._recipe.pairs
+        camera = draw_camera(rng, pairs.photons)
+        return camera.counting() if _draws(pairs.counting_share, rng) else camera
 
     def _real_patch(self, rng: np.random.Generator) -> dict[str, NDArray[np.generic]]:
         pairs = self._recipe.pairs
@@ -359,6 +362,26 @@ class PairBatches:
             # Not known; a point changes nothing where it is used by mistake.
             sample["psf"] = _fit_psf(POINT, pairs.psf_px)[None]
         return {k: _as_float32(v) for k, v in sample.items()}
+
+
+def _jittered_range(
+    light: Image, noise: float, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Return offset and scale that normalise a patch, off by chance.
+
+    Parameters
+    ----------
+    light
+        Counts of a noiseless frame around the patch.
+    noise
+        Deviation in the dark, in counts.
+    """
+    low, scale = _RANGE.fit(light)
+    # The percentiles of a noisy frame lie farther out than those of its light.
+    low, scale = low - 2.3 * noise, scale + 3.3 * noise
+    scale *= float(np.exp(rng.normal(0, _SCALE_JITTER)))
+    low += scale * float(rng.normal(0, _OFFSET_JITTER))
+    return low, scale
 
 
 def _places(scene: PairScene, side: int, rng: np.random.Generator) -> Image:
