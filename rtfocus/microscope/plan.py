@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice, pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -313,6 +313,15 @@ def _refuse_doubles(places: NDArray[np.int32]) -> None:
             "a position or channel of its own"
         )
         raise ConfigError(msg)
+
+
+def sequence_json(sequence: useq.MDASequence) -> dict[str, Any]:
+    """Return a plan as JSON that useq reads again, without what nobody has set."""
+    found = sequence.model_dump(mode="json", exclude_unset=True)
+    if sequence.setup is not None:
+        # useq sets the kind of its action by itself, and does not read it without.
+        found["setup"] = sequence.setup.model_dump(mode="json", exclude_none=True)
+    return found
 
 
 def image_events(sequence: useq.MDASequence) -> Iterator[useq.MDAEvent]:

@@ -26,7 +26,7 @@ from rtfocus.errors import ConfigError, MicroscopeError
 from rtfocus.frame import PROTOCOL_VERSION, Position, SeriesStart
 from rtfocus.machine import RUN_CLOCK
 from rtfocus.microscope.delivery import LOGGER, pixel_size_change
-from rtfocus.microscope.plan import AcquisitionPlan
+from rtfocus.microscope.plan import AcquisitionPlan, sequence_json
 from rtfocus.microscope.sequence import refuse_too_many
 from rtfocus.microscope.virtual_devices import BIT_DEPTH
 
@@ -259,9 +259,7 @@ def describe_series(
         z_step_um=plan.z_step_um if plan else None,
         interval_s=plan.interval_s if plan else None,
         bit_depth=geometry.bit_depth,
-        mda_sequence=(
-            plan.sequence.model_dump(mode="json", exclude_unset=True) if plan else None
-        ),
+        mda_sequence=sequence_json(plan.sequence) if plan else None,
         summary=summary_json(summary),
         planned=len(plan) if plan else frames,
     )

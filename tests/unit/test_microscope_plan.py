@@ -9,11 +9,12 @@ import yaml
 
 from rtfocus.errors import ConfigError
 from rtfocus.microscope.acquisition import anchored
-from rtfocus.microscope.plan import image_events, lay_out
+from rtfocus.microscope.plan import image_events, lay_out, sequence_json
 from rtfocus.microscope.sequence import read_sequence
 from rtfocus.microscope.series import with_field_of_view
 
 STACK = {"range": 2.0, "step": 1.0}
+ROI = {"offset_x": 4, "offset_y": 8, "width": 32, "height": 24}
 TILES = {"rows": 1, "columns": 2}
 EVERY = {"acquire_every": 2}
 ONE, MANY = {"interval": 1, "loops": 1}, {"interval": 0, "loops": 10**9}
@@ -287,6 +288,23 @@ def test_a_stack_without_a_plane_is_refused(kind):
     plan = read_sequence({"z_plan": {kind: []}, "channels": ["A"]})
     with pytest.raises(ConfigError, match="names no height"):
         lay_out(plan)
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        {"z_pos": 60, "properties": [["Camera", "Binning", "2"]]},
+        {"roi": ROI, "exposure": 5},
+        {"channel": {"config": "DAPI", "group": "Channel"}, "x_pos": 1, "y_pos": 2},
+    ],
+)
+def test_a_plan_that_is_kept_is_read_again(setup):
+    sequence = read_sequence({"z_plan": STACK, "channels": ["DAPI"], "setup": setup})
+    kept = json.loads(json.dumps(sequence_json(sequence)))
+    again = useq.MDASequence.model_validate(kept)
+    assert list(again) == list(sequence)
+    assert again.setup == sequence.setup
+    assert kept["z_plan"] == STACK
 
 
 def test_a_plan_without_images_is_refused():
