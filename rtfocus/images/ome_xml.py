@@ -178,9 +178,7 @@ def _read_image(
     image: Element, objectives: dict[str | None, Element], place: PlatePlace | None
 ) -> OmeImage:
     pixels = _child(image, "Pixels")
-    if pixels is None:  # read_ome_xml asks for none without
-        msg = "Image without Pixels"
-        raise ValueError(msg)
+    assert pixels is not None, "images without Pixels are left out"
     facts: Facts = {
         "pixel_size_y_um": _size_um(pixels, "Y"),
         "pixel_size_x_um": _size_um(pixels, "X"),
@@ -202,6 +200,16 @@ def _read_image(
         objective = objectives.get(settings.get("ID"))
         if objective is not None:
             facts["numerical_aperture"] = positive(objective.get("LensNA"))
+    return OmeImage(
+        name=image.get("Name", ""),
+        sizes=_sizes(pixels),
+        facts=facts,
+        files=dict(_files(pixels)),
+    )
+
+
+def _sizes(pixels: Element) -> dict[str, int]:
+    """Return the length of every axis; refuse more planes than can be meant."""
     sizes = {axis: int(pixels.get(f"Size{axis.upper()}", 1)) for axis in "tczyx"}
     planes = [sizes["t"] * sizes["c"] * sizes["z"]]
     planes += [
@@ -212,12 +220,7 @@ def _read_image(
     if max(planes) > MOST_PLANES:
         msg = f"OME-XML: an image of {max(planes)} planes; more than {MOST_PLANES}"
         raise ValueError(msg)
-    return OmeImage(
-        name=image.get("Name", ""),
-        sizes=sizes,
-        facts=facts,
-        files=dict(_files(pixels)),
-    )
+    return sizes
 
 
 def _files(pixels: Element) -> Iterator[tuple[str, str]]:
