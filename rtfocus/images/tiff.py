@@ -8,6 +8,7 @@ free; an innermost one of at most 4 beside another is c. The user gets a note.
 import itertools
 import logging
 import math
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -43,6 +44,9 @@ from rtfocus.images.tiff_file import (
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 _COLOURS = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
+_NEEDED = (270, 273, 279, 324, 325, 50839, 51123)
+"""Tags of which nothing may lack: where the pixels lie, and what they are."""
+_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 16: 8}  # of a number of each type
 _ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
 
 
@@ -284,6 +288,9 @@ def _refuse_cut_off(
     """Refuse a file that ends before its pixels, before any work is done on it."""
     needed = 0
     for one in series:
+        if 0 in one.shape:
+            msg = f"'{path}' has an image of {one.shape}: no pixels; copy it again"
+            raise InputError(msg)
         offset = None if one.is_multifile else one.dataoffset
         if offset is not None:
             size = int(np.prod(one.shape, dtype=np.int64))
@@ -293,12 +300,32 @@ def _refuse_cut_off(
             if page is not None and page.parent is file:
                 ends = zip(page.dataoffsets, page.databytecounts, strict=False)
                 needed = max(needed, *(sum(end) for end in ends), 0)
+    needed = max(needed, *(_end_of_page(file, file.pages[n].offset) for n in (0, -1)))
     if needed > file.filehandle.size:
         msg = (
-            f"'{path}' is cut off: its pixels need {needed} bytes, it has "
+            f"'{path}' is cut off: it needs {needed} bytes at least, it has "
             f"{file.filehandle.size}; copy it again"
         )
         raise InputError(msg)
+
+
+def _end_of_page(file: tifffile.TiffFile, at: int) -> int:
+    """Return where a page's tags end, and those of a page beyond: tifffile skips it."""
+    form, handle = file.tiff, file.filehandle
+    handle.seek(at)
+    (count,) = struct.unpack(form.tagnoformat, handle.read(form.tagnosize))
+    entries = handle.read(count * form.tagsize)
+    (following,) = struct.unpack(form.offsetformat, handle.read(form.offsetsize))
+    end = handle.tell()
+    for start in range(0, len(entries), form.tagsize):
+        code, kind = struct.unpack_from(form.tagformat1, entries, start)
+        number, value = struct.unpack_from(form.tagformat2, entries, start + 4)
+        size = number * _BYTES.get(kind, 0)
+        if code in _NEEDED and size > form.tagoffsetthreshold:
+            end = max(end, struct.unpack(form.offsetformat, value)[0] + size)
+    if file.pages[-1].offset <= at < following < handle.size:
+        return max(end, _end_of_page(file, following))
+    return max(end, following + 1 if following else 0)
 
 
 def _refuse_packed(path: Path, series: tifffile.TiffPageSeries) -> None:

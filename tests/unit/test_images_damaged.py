@@ -7,6 +7,7 @@ of zeros, blocks repeated. Nothing beside the file may change.
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -192,4 +193,51 @@ def test_links_in_a_circle_are_told(tmp_path: Path) -> None:
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"a\.tif' is a pipe or a device"):
+        find_images(tmp_path / "a.tif")
+
+
+def pages_of_pillow(path: Path) -> None:
+    first, *others = (Image.fromarray(plane) for plane in NOISE)
+    first.save(path, save_all=True, append_images=others)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(pages_of_pillow, id="pillow"),
+        *(
+            pytest.param(
+                lambda path, o=options: tifffile.imwrite(
+                    path, NOISE, photometric="minisblack", **o
+                )
+            )
+            for options in (
+                {"metadata": None},
+                {"imagej": True},
+                {"ome": True, "metadata": {"axes": "ZYX"}},
+                {"ome": True, "bigtiff": True, "compression": "zlib"},
+            )
+        ),
+    ],
+)
+def test_a_stack_that_was_cut_off_is_never_a_shorter_one(write, tmp_path) -> None:
+    # Half of a copy: tifffile reads the planes before a page that is not there.
+    path = tmp_path / "a.tif"
+    write(path)
+    whole = path.read_bytes()
+    (series,) = find_images(path).series
+    assert len(series) == 4
+    for end in range(16, len(whole)):
+        path.write_bytes(whole[:end])
+        with suppress(InputError):
+            (series,) = find_images(path).series
+            assert len(series) == 4
+            assert series.read(**list(series.indices())[-1]).any()
+
+
+def test_an_image_without_pixels_is_refused(tmp_path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", NOISE[0], metadata=None)
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+") as file:
+        file.pages.first.tags["ImageLength"].overwrite(0)
+    with pytest.raises(InputError, match=r"has an image of \(0, 9\): no pixels"):
         find_images(tmp_path / "a.tif")
