@@ -1,5 +1,6 @@
 """Devices: what of a core a search uses: stage or offset, light, live mode, runner."""
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -82,11 +83,16 @@ class CoreStage:
 
     def position_um(self) -> float:
         """Return where the stage says it is."""
+        stage = self._core.getFocusDevice()
         try:
-            return float(self._core.getZPosition())
+            z_um = float(self._core.getZPosition())
         except RuntimeError as error:
-            msg = f"z-stage '{self._core.getFocusDevice()}' does not answer: {error}"
+            msg = f"z-stage '{stage}' does not answer: {error}"
             raise MicroscopeError(msg) from error
+        if not math.isfinite(z_um):
+            msg = f"z-stage '{stage}' says that it stands at {z_um} um; check it"
+            raise MicroscopeError(msg)
+        return z_um
 
     def go_to(self, z_um: float) -> None:
         """Go there and wait for the end of the move."""

@@ -1,9 +1,10 @@
 """Acquisition: one series from a configured source or a free camera into a sink."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -261,10 +262,11 @@ class LiveAcquisition:
         now_s = time.perf_counter()
         if now_s - self._z_read_s >= _Z_INTERVAL_S:
             self._z_read_s = now_s
-            try:
-                self._z_um = self._core.getPosition()
-            except RuntimeError:
-                self._z_um = None
+            self._z_um = None
+            with suppress(RuntimeError):
+                z_um = self._core.getPosition()
+                self._z_um = z_um if math.isfinite(z_um) else None
+            if self._z_um is None:
                 warn_of_silent_stage(self._core)
         return self._z_um
 
@@ -361,8 +363,22 @@ def _planned(core: UniMMCore, config: Config) -> MDASequence:
     sequence = read_sequence(acquisition.mda)
     _check_presets(core, sequence)
     _check_autofocus(core, sequence)
-    z_um = core.getPosition() if core.getFocusDevice() else None
-    return anchored(sequence, z_um)
+    return anchored(sequence, _standing_z_um(core))
+
+
+def _standing_z_um(core: UniMMCore) -> float | None:
+    """Return where the z-stage stands; None: there is none; raises MicroscopeError."""
+    if not (stage := core.getFocusDevice()):
+        return None
+    try:
+        z_um = float(core.getPosition())
+    except RuntimeError as error:
+        msg = f"z-stage '{stage}' does not answer: {error}"
+        raise MicroscopeError(msg) from error
+    if not math.isfinite(z_um):
+        msg = f"z-stage '{stage}' says that it stands at {z_um} um; check it"
+        raise MicroscopeError(msg)
+    return z_um
 
 
 def anchored(sequence: MDASequence, z_um: float | None) -> MDASequence:

@@ -211,7 +211,7 @@ class RecordingEngine(SequenceEngine):
         before = self.failed_settings()
         try:
             super().setup_event(event)
-        except RuntimeError as error:  # of a stage; of the rest pymmcore-plus tells
+        except (RuntimeError, OSError) as error:  # of a stage; others are told already
             core_logger.warning("Failed to set position. %s", error)
         if self.failed_settings() == before:
             return

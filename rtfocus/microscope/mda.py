@@ -1,5 +1,6 @@
 """MDA: runs a useq plan on a core, or follows one that a user's script runs there."""
 
+import math
 import threading
 import time
 from collections import defaultdict, deque
@@ -213,8 +214,15 @@ class PlannedAcquisition:
     def _z_um(self, event: useq.MDAEvent, meta: Mapping[str, Any]) -> float | None:
         """Return where the z-stage stood: as read, else as planned.
 
-        None where it was asked and did not answer: then it is not known.
+        None where it was asked and did not answer, or no number: then it is not known.
         """
+        z_um = self._read_z_um(event, meta)
+        if z_um is None or math.isfinite(z_um):
+            return z_um
+        warn_of_silent_stage(self._core)
+        return None
+
+    def _read_z_um(self, event: useq.MDAEvent, meta: Mapping[str, Any]) -> float | None:
         if not meta.get("hardware_triggered", False):
             position = meta.get("position", {"z": event.z_pos})
             if "z" not in position and self._core.getFocusDevice():

@@ -1,5 +1,6 @@
 """Virtual microscope: real devices in a real core, driven like any other."""
 
+import math
 import threading
 import time
 from contextlib import suppress
@@ -291,8 +292,18 @@ class SilentStage(VirtualZStage):
     """Goes where it is sent and does not always say where it is."""
 
     is_silent = False
+    says_nan = False
+    is_slow = False
+
+    def set_position_um(self, val):
+        if self.is_slow:
+            msg = "no answer from COM3 in 5 s"
+            raise TimeoutError(msg)
+        super().set_position_um(val)
 
     def get_position_um(self):
+        if self.says_nan:
+            return math.nan
         if self.is_silent:
             msg = "no answer from COM3"
             raise RuntimeError(msg)
@@ -307,10 +318,11 @@ class SilentStage(VirtualZStage):
     ],
     ids=["plan", "live"],
 )
-def test_images_have_no_z_that_their_stage_did_not_tell(acquisition):
+@pytest.mark.parametrize("fault", ["is_silent", "says_nan"])
+def test_images_have_no_z_that_their_stage_did_not_tell(acquisition, fault):
     config, stage = virtual(acquisition), SilentStage()
     # The z of the first image is read by then.
-    sink = RecordingSink(before_acquire=lambda _: setattr(stage, "is_silent", True))
+    sink = RecordingSink(before_acquire=lambda _: setattr(stage, fault, True))
     with open_core(config) as core:
         core.loadPyDevice("Silent", stage)
         core.initializeDevice("Silent")
@@ -320,6 +332,34 @@ def test_images_have_no_z_that_their_stage_did_not_tell(acquisition):
     assert first is not None
     assert others == [None, None, None]
     assert any("'Silent' does not say where it stands" in w for w in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("is_silent", "does not answer"), ("says_nan", "at nan um")]
+)
+def test_a_stage_that_does_not_tell_its_z_at_the_start_is_named(fault, said):
+    config, stage = virtual({"mda": {"z_plan": {"range": 2, "step": 1}}}), SilentStage()
+    with open_core(config) as core:
+        core.loadPyDevice("Silent", stage)
+        core.initializeDevice("Silent")
+        core.setFocusDevice("Silent")
+        setattr(stage, fault, True)
+        with pytest.raises(MicroscopeError, match=f"z-stage 'Silent' .*{said}"):
+            acquire(config, RecordingSink(), core=core, stop=threading.Event())
+
+
+def test_images_that_a_stage_does_not_reach_in_time_are_left_out():
+    config = virtual({"mda": {"stage_positions": [{"z": 1}, {"z": 2}, {"z": 3}]}})
+    stage = SilentStage()
+    with open_core(config) as core:
+        core.loadPyDevice("Silent", stage)
+        core.initializeDevice("Silent")
+        core.setFocusDevice("Silent")
+        sink = RecordingSink(before_acquire=lambda _: setattr(stage, "is_slow", True))
+        report = acquire(config, sink, core=core, stop=threading.Event())
+    assert [header.z_um for header in sink.headers] == [1]
+    assert report.not_acquired == 2
+    assert report.reason == "Failed to set position. no answer from COM3 in 5 s"
 
 
 class SlowCamera(CountingCamera):
