@@ -28,7 +28,7 @@ from rtfocus.autofocus.estimator import (
 )
 from rtfocus.autofocus.focuser import Focuser, FocusJournal
 from rtfocus.autofocus.hold import Correction, Holder, Key, unread
-from rtfocus.autofocus.plans import asking_for_focus
+from rtfocus.autofocus.plans import asking_for_focus, with_place
 from rtfocus.autofocus.policy import Limits
 from rtfocus.channel import OpticalSystem
 from rtfocus.config import Config, load_config
@@ -171,7 +171,7 @@ class LoopActions(FocusActions):
         """Set an event up; what was asked for is done before the next stack."""
         if self.holder is not None and self.holder.unread is not None:
             raise unread(self.holder.unread)
-        stack = tuple(event.index.get(axis) for axis in "tpg")
+        stack = tuple(with_place(event).index.get(axis) for axis in "tpg")
         if stack != self._asked_before:
             self._asked_before = stack
             while self._focusing.requests:

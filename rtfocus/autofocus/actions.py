@@ -37,6 +37,7 @@ from rtfocus.autofocus.plans import (
     reference_um,
     surface_at,
     unfocused,
+    with_place,
 )
 from rtfocus.errors import ConfigError, MicroscopeError, RtfocusError
 from rtfocus.machine import RUN_CLOCK
@@ -99,6 +100,7 @@ class FocusActions(MDAEngine):
         if is_autofocus(event):
             self._go_to_focus_image(self._focus_image(event))
             return
+        event = with_place(event)
         found_by = self._found.holding_for(event)
         skips = self.focuser.config.on_failure == "skip"
         if found_by is not None and skips and found_by in self._found.unfocused:

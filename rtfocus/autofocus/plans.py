@@ -140,6 +140,18 @@ def key_of(event: useq.MDAEvent) -> Key:
     return key_of_index(event.index)
 
 
+def with_place(event: useq.MDAEvent) -> useq.MDAEvent:
+    """Return an event that says its place; pymmcore-plus gives a sequenced one none.
+
+    All images of a hardware sequence are of one place, as `FocusActions.stacks` parts
+    the plan.
+    """
+    if not isinstance(event, SequencedEvent):
+        return event
+    first = event.events[0]
+    return event.model_copy(update={"index": first.index, "sequence": first.sequence})
+
+
 def image_count(event: useq.MDAEvent) -> int:
     """Return how many images an event takes, alone or as a hardware sequence."""
     parts = event.events if isinstance(event, SequencedEvent) else (event,)

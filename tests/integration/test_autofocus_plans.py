@@ -55,7 +55,7 @@ class Bench:
             ).model_dump(mode="json", exclude_unset=True)
         )
         core.mda.run(useq.MDASequence(**yaml.safe_load(written)))
-        return [meta["position"]["z"] for _, meta in self.frames]
+        return [meta["position"]["z"] for _, meta in self.frames if "position" in meta]
 
     def searching(self, then: Callable[[int], None]) -> None:
         """Call `then` before an image of a search is read, with its number."""
@@ -187,6 +187,30 @@ def test_without_a_z_focus_is_searched_where_the_plan_s_set_up_sends_the_stage(
     heights = bench.run(plan)
     assert bench.snapped[0][0] == pytest.approx(6.5)
     assert heights == pytest.approx([FOCUS_UM], abs=NEAR_UM)
+
+
+def test_images_that_come_as_fast_as_they_can_are_in_focus_too(bench: Bench) -> None:
+    # They are one hardware sequence at one z, of which pymmcore-plus says no place.
+    plan = {
+        "axis_order": "ptc",
+        "time_plan": {"interval": 0, "loops": 3},
+        "stage_positions": [HERE, BESIDE],
+        "autofocus_plan": AF,
+    }
+    stood: list[float] = []
+
+    def note(*_: Any) -> None:
+        stood.append(bench.core.getZPosition())
+
+    bench.core.mda.events.frameReady.connect(note)
+    try:
+        bench.run(plan)
+    finally:
+        bench.core.mda.events.frameReady.disconnect(note)
+    assert len(stood) == 6
+    assert all(meta["hardware_triggered"] for _, meta in bench.frames)
+    focused = [FOCUS_UM] * 3 + [FOCUS_UM + RISE_UM] * 3
+    assert stood == pytest.approx(focused, abs=NEAR_UM)
 
 
 def test_a_channel_s_own_plane_stays_beside_focus(bench: Bench) -> None:
