@@ -78,6 +78,8 @@ def fractal_restore(
         image = replace(images.outline(0), planes=planes)
         with files.whole(target, overwrite=overwrite) as part:
             write_zarr(part, [image], form)
+        for line in images.doubts():
+            logger.warning("%s", line)
     _note_in_well(source, target)
     update = {"zarr_url": str(target), "origin": zarr_url, "types": {"restored": True}}
     return {"image_list_updates": [update]}

@@ -10,9 +10,11 @@ import pytest
 import tifffile
 import zarr
 from batch_kit import OPTICS, WIENER, write_plate
+from image_file_kit import ngff_axes, specimen, write_ngff
 from loop_kit import command, succeeded
 
 import rtfocus.batch
+from rtfocus.batch.fractal_restore import fractal_restore
 
 
 def test_a_fractal_task_restores_a_field_beside_its_input(
@@ -48,6 +50,17 @@ def test_a_fractal_task_restores_a_field_beside_its_input(
     again = subprocess.run(run, capture_output=True, encoding="utf-8", check=False)
     assert again.returncode == 1
     assert "exists; choose another suffix" in again.stderr
+
+
+def test_a_fractal_task_says_where_pixels_do_not_fit_their_type(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bright = np.clip(specimen(1) * 80_000, 0, 64_000).astype(np.uint16)
+    field = tmp_path / "field.zarr"
+    write_ngff(field, bright, ngff_axes("yx"), [0.325, 0.325])
+    fractal_restore(zarr_url=str(field), engine="wiener", optics=OPTICS[1])
+    told = [one.getMessage() for one in caplog.records]
+    assert any("restored pixels exceed 65535 and are stored as that" in t for t in told)
 
 
 def test_the_manifest_is_that_of_the_task() -> None:
