@@ -309,7 +309,7 @@ def quantise(
         quantize_static(
             source,
             target,
-            _Calibration(iter(batches)),
+            _Calibration(iter(_of_one_shape([*batches]))),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QInt8,
@@ -380,6 +380,12 @@ def _convolutions_before(
             if last:
                 continue
         left.extend(node.input)
+
+
+def _of_one_shape(batches: Sequence[Inputs]) -> list[Inputs]:
+    """Cut all inputs to the shape of the smallest: histograms are made of one array."""
+    shapes = {n: np.min([one[n].shape for one in batches], axis=0) for n in batches[0]}
+    return [{n: b[n][tuple(map(slice, shapes[n]))] for n in shapes} for b in batches]
 
 
 class _Calibration:

@@ -108,7 +108,10 @@ def test_a_wrong_option_is_named(arguments: list[str], words: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["delpnet", "--precision", "int8"], "has no int8 weights; it has .*fp32"),
+        (
+            ["wei_classifier", "--precision", "int8"],
+            "has no int8 weights; it has .*fp32",
+        ),
         (
             ["delpnet", "--capability", "9.0"],
             r"by name, not for 9\.0; build without --cap",

@@ -166,6 +166,16 @@ def test_a_bright_speck_does_not_make_the_steps_coarse(files, tmp_path):
     assert max(steps(speck=100)) < 2 * max(steps(speck=1))
 
 
+def test_batches_may_differ_in_number_and_size(files, tmp_path):
+    sizes = [(2, 1, 32, 48), (1, 1, 64, 32), (2, 1, 48, 48)]
+    rng = np.random.default_rng(0)
+    made = ({"tiles": rng.random(size, np.float32)} for size in sizes)
+    path = quantised(files / "model.fp32.onnx", tmp_path / "int8.onnx", made)
+    tiles = rng.random((1, 1, 64, 80), np.float32)
+    exact = run(files / "model.fp32.onnx", tiles)
+    assert np.abs(run(path, tiles) - exact).max() < 0.1 * np.abs(exact - tiles).max()
+
+
 def test_a_network_without_inner_convolutions_is_refused(tmp_path):
     graph = Graph(
         nn.Conv2d(1, 1, 3, padding=1),
