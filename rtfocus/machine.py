@@ -70,22 +70,9 @@ def processor_name() -> str:
     return _processor_line("model name") or platform.processor() or platform.machine()
 
 
-def adds_int8_in_16_bits() -> bool:
-    """Tell whether int8 networks lose accuracy here: an x86 without VNNI.
-
-    Sums of products are cut off at 16 bits there. False where the system does not
-    tell what the processor has.
-    """
-    flags = _processor_line("flags").split()
-    return bool(flags) and not any("vnni" in flag for flag in flags)
-
-
-def adds_int8_exactly() -> bool:
-    """Tell whether int8 networks are exact here: an x86 with VNNI.
-
-    False where the system does not tell what the processor has.
-    """
-    return "vnni" in _processor_line("flags")
+def processor_flags() -> frozenset[str]:
+    """Return what Linux says an x86 can do; empty: the system does not tell."""
+    return frozenset(_processor_line("flags").split())
 
 
 def multiplies_bf16() -> bool:
@@ -94,8 +81,7 @@ def multiplies_bf16() -> bool:
     Where it has to be imitated, networks train twenty times slower in bf16 than in
     float32. False where the system does not tell what the processor has.
     """
-    flags = _processor_line("flags").split()
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+    return not processor_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 def usable_threads() -> int:

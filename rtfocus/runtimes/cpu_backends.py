@@ -30,14 +30,7 @@ from rtfocus.engines.card import (
     verified_file,
 )
 from rtfocus.engines.registry import FoundEngine
-from rtfocus.machine import (
-    adds_int8_exactly,
-    adds_int8_in_16_bits,
-    cache_folder,
-    processor_name,
-    usable,
-    write_atomically,
-)
+from rtfocus.machine import cache_folder, processor_name, usable, write_atomically
 from rtfocus.runtimes.cpu_engine import (
     CpuPrecision,
     CpuRequest,
@@ -46,6 +39,7 @@ from rtfocus.runtimes.cpu_engine import (
     OnnxRuntimeEngine,
     OpenVinoEngine,
     Shape,
+    adds_int8_exactly,
     arranged_shape,
     import_openvino,
     openvino_precisions,
@@ -430,9 +424,9 @@ def choose_weights(card: EngineCard, wanted: Wanted) -> tuple[Precision, CpuPrec
     if wanted not in card.files:
         logger.warning("engine '%s' has no %s weights: fp32 runs", card.name, wanted)
         return "fp32", "auto"
-    if wanted == "int8" and adds_int8_in_16_bits():
+    if wanted == "int8" and not adds_int8_exactly():
         logger.warning(
-            "engine '%s': int8 is less accurate on this processor, which has no VNNI; "
+            "engine '%s': int8 is inexact on this processor, which has no VNNI; "
             "set processing.precision to auto",
             card.name,
         )

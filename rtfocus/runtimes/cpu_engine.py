@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rtfocus.engines.card import Precision
 from rtfocus.errors import EngineError
+from rtfocus.machine import processor_flags
 
 Outputs = Mapping[str, NDArray[np.float32]]
 """Output tensors of a network by name."""
@@ -304,6 +305,41 @@ def import_openvino() -> Any:  # noqa: ANN401
         # None makes Python answer an import with ImportError.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return import_module("openvino")
+
+
+@cache
+def adds_int8_exactly() -> bool:
+    """Tell whether int8 networks are exact here.
+
+    An x86 without VNNI cuts the sum of two products off at 16 bits. Linux says whether
+    there is VNNI; elsewhere a convolution of large numbers shows it, in a tenth of a
+    second. False without OpenVINO.
+    """
+    if flags := processor_flags():
+        return any("vnni" in flag for flag in flags)
+    try:
+        return _sums_int8_exactly(import_openvino())
+    except ImportError:
+        return False
+
+
+def _sums_int8_exactly(openvino: Any) -> bool:  # noqa: ANN401
+    operators, rng = openvino.opset13, np.random.default_rng(0)
+    shares = (0.9, 0.1)
+    weights = rng.choice(np.array([127, -127], np.int8), (64, 64, 1, 1), p=shares)
+    pixels = rng.choice(np.array([127, -128], np.float32), (1, 64, 16, 16), p=shares)
+    given = operators.parameter([*pixels.shape], np.float32)
+    ends = np.float32(-128), np.float32(127)
+    features = operators.fake_quantize(given, *ends, *ends, _LEVELS)
+    # Int8 weights are what is scaled right behind their conversion.
+    kernel = operators.convert(operators.constant(weights), np.float32)
+    kernel = operators.multiply(kernel, operators.constant(np.float32(1)))
+    sums = operators.convolution(features, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    network = openvino.Model([sums], [given])
+    compiled = openvino.Core().compile_model(network, "CPU", options)
+    exact = np.einsum("ocij,nchw->nohw", weights.astype(np.int64), pixels)
+    return bool(np.array_equal(compiled(pixels)[0], exact))
 
 
 _LEVELS = 256

@@ -1,6 +1,9 @@
 """Precision auto: the fastest by measurement, and the same one ever after."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from rtfocus.config.sections import ProcessingConfig
 from rtfocus.engines.card import Int8Card, read_card
 from rtfocus.engines.registry import FoundEngine
-from rtfocus.machine import CACHE_VARIABLE
+from rtfocus.machine import CACHE_VARIABLE, processor_flags
 from rtfocus.runtimes import cpu_backends
 from rtfocus.runtimes.cpu_backends import (
     Backend,
@@ -191,3 +194,25 @@ def test_auto_runs_what_was_kept_and_says_the_times(
     assert asked == [(other, shape)]
     assert opened("f32") == "onnxruntime f32"
     assert asked == [("f32", shape)]
+
+
+CHECK = """
+from rtfocus.runtimes import cpu_engine
+cpu_engine.processor_flags = frozenset
+print(cpu_engine.adds_int8_exactly())
+"""
+
+
+@pytest.mark.skipif(not processor_flags(), reason="this system does not tell of VNNI")
+@pytest.mark.parametrize("limit", ["ALL", "AVX2"])
+def test_sums_of_int8_show_by_themselves_whether_there_is_vnni(limit):
+    """Where the system does not tell; oneDNN can be held to an older processor."""
+    found = subprocess.run(
+        [sys.executable, "-c", CHECK],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": limit},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = any("vnni" in flag for flag in processor_flags())
+    assert found.stdout.strip() == str(told and limit == "ALL")

@@ -15,7 +15,6 @@ from rtfocus.machine import (
     DiskWatch,
     Memory,
     RunClock,
-    adds_int8_in_16_bits,
     check_space,
     memory,
     processor_name,
@@ -32,15 +31,6 @@ def test_the_processor_has_a_name_of_one_line() -> None:
 
 def test_no_more_threads_are_usable_than_there_are() -> None:
     assert 1 <= usable_threads() <= psutil.cpu_count()
-
-
-@pytest.mark.skipif(
-    not Path("/proc/cpuinfo").is_file(), reason="this system describes no processor"
-)
-def test_int8_is_exact_where_the_processor_has_vnni() -> None:
-    described = Path("/proc/cpuinfo").read_text("utf-8")
-    flags = next((ln for ln in described.splitlines() if ln.startswith("flags")), "")
-    assert adds_int8_in_16_bits() == (bool(flags) and "vnni" not in flags)
 
 
 V2 = ("0::/box", "", "memory.max", "memory.current", "")
