@@ -132,7 +132,7 @@ def test_every_option_stands_in_the_page_and_no_other() -> None:
 
 def test_a_help_flows_and_names_its_arguments_as_it_is_called() -> None:
     repair = load("check")
-    assert "there are fewer frames than planned, with 7" in repair.help
+    assert "no run folder, 5 sound but fewer frames than planned" in repair.help
     assert "\n\n[bold]Example:[/] rtfocus check" in repair.help
     assert [one.metavar for one in repair.params if one.name == "run"] == ["RUN"]
 
