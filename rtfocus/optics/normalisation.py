@@ -8,6 +8,7 @@ window filters over a quarter of a million pixels.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -78,11 +79,13 @@ def told_below(pixels: NDArray[np.generic], offset_counts: float) -> str | None:
     if offset_counts == 0:
         return None
     rows, columns = (-(-side // _ENOUGH_PX) for side in pixels.shape[:2])
-    some = pixels[::rows, ::columns]
-    some = some[np.isfinite(some)]
-    median = float(np.median(some)) if some.size else np.inf
-    if median >= _DARKEST_MEDIAN * offset_counts:
+    some: NDArray[Any] = pixels[::rows, ::columns]
+    finite = np.isfinite(some)
+    # Every frame of a run is asked: to count takes a quarter of the time of a median.
+    dark = finite & (some < _DARKEST_MEDIAN * offset_counts)
+    if 2 * np.count_nonzero(dark) <= np.count_nonzero(finite):
         return None
+    median = float(np.median(some[finite]))
     if pixels.min(where=np.isfinite(pixels), initial=0) < 0:
         return None
     return (
